@@ -1,0 +1,37 @@
+"""The classifier head: Affine, softmax and cross-entropy on NumPy, Numba and CUDA behind one API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swl.backends import active, backends, get, loaded, set_backend, use_backend
+from swl.errors import BackendUnavailable
+from swl.functional import RowStats, affine, affine_backward, cross_entropy, cross_entropy_value_and_grad
+
+__version__ = "0.1.0"
+
+
+def asarray(x: Any, dtype: Any = None) -> Any:
+    """Bring `x` to the active backend, without a copy where it is there already."""
+    return get(active()).asarray(x, dtype)
+
+
+def check() -> None:
+    """Wait for the devices in use and raise the ValueError of a class id out of range, if there was one."""
+    for backend in loaded():
+        backend.check()
+
+
+__all__ = [
+    "BackendUnavailable",
+    "RowStats",
+    "affine",
+    "affine_backward",
+    "asarray",
+    "backends",
+    "check",
+    "cross_entropy",
+    "cross_entropy_value_and_grad",
+    "set_backend",
+    "use_backend",
+]

@@ -1,0 +1,151 @@
+"""The specification: every operation as its equations, in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from swl.backends import Backend, Rows
+from swl.targets import IGNORED, Target
+
+
+def load() -> Backend:
+    """Give the backend; NumPy is always there."""
+    return NumpyBackend()
+
+
+def _acc(x: Any) -> Any:
+    """Bring an array to the dtype that arithmetic uses."""
+    return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
+
+
+class NumpyBackend:
+    """See `swl.backends.Backend` for what each operation means."""
+
+    name = "numpy"
+    xp = np
+
+    def asarray(self, x: Any, dtype: Any = None) -> Any:
+        return np.asarray(x, dtype=dtype)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return np.empty(shape, dtype)
+
+    def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
+        y = np.matmul(_acc(x), _acc(W))
+        out[...] = y if b is None else y + _acc(b)
+
+    def affine_backward(
+        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: bool = False
+    ) -> None:
+        dout = _acc(dout)
+        if dx is not None:
+            dx[...] = np.matmul(dout, _acc(W).T)
+        if dW is not None:
+            dW[...] = np.matmul(_acc(x).T, dout) + (dW if accumulate else 0)
+        if db is not None:
+            db[...] = dout.sum(axis=0) + (db if accumulate else 0)
+
+    def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
+        ignored = ids == ignore_index
+        bad = ~ignored & ((ids < 0) | (ids >= n_classes))
+        if bad.any():
+            raise_bad_id(ids, int(bad.argmax()), n_classes, ignore_index)
+        ids = np.where(ignored, IGNORED, ids.astype(np.int64))
+        if weight is None:
+            return ids, None, float(ids.size - np.count_nonzero(ignored))
+        m = np.where(ignored, 0, weight[ids])
+        return ids, m, float(m.sum(dtype=np.float64))
+
+    def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+        z, _ = _final_logits(logits, target)
+        q, y, m = _target_rows(z, target)
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            M = z.max(axis=1, initial=-np.inf)
+            u = z - M[:, None]
+            e = np.exp(u)
+            S = np.log(e.sum(axis=1))
+            A = _mass(y, target)
+            d = _dot(y, u)
+            loss = A * S - d + target.z_loss * m * (M + S) ** 2
+            if target.ids is not None:
+                loss[target.ids == IGNORED] = 0
+            if not stats:
+                return Rows(loss, M, S, d, A)
+            p = np.exp(u - S[:, None])
+            log_prob = _dot(q, u) - q.sum(axis=1) * S
+            if target.ids is not None:
+                log_prob[target.ids == IGNORED] = 0
+            return Rows(loss, M, S, d, A, S - _dot(p, u), log_prob, z.argmax(axis=1))
+
+    def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+        z, slope = _final_logits(logits, target)
+        _, y, m = _target_rows(z, target)
+        M, S, A = rows.row_max, rows.log_sum, rows.mass
+        with np.errstate(invalid="ignore", over="ignore"):
+            p = np.exp(z - M[:, None] - S[:, None])
+            pull = A + 2 * target.z_loss * m * (M + S)
+            grad = (pull[:, None] * p - y) * row_scale[:, None]  # ∂L/∂z = (A + 2λ·m·(M + S))·p − y
+            if slope is not None:
+                grad *= slope
+        if target.ids is not None:
+            grad[target.ids == IGNORED] = 0
+        out[...] = grad
+
+    def cross_entropy_forward_backward(
+        self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool
+    ) -> Rows:
+        rows = self.cross_entropy_forward(logits, target, stats)
+        self.cross_entropy_backward(logits, target, rows, row_scale, out)
+        return rows
+
+    def check(self) -> None:
+        return None
+
+    def info(self) -> dict[str, str]:
+        return {"numpy": np.__version__}
+
+
+def raise_bad_id(ids: Any, row: int, n_classes: int, ignore_index: int) -> None:
+    """Raise the ValueError that names row, value and range."""
+    raise ValueError(
+        f"target[{row}] is {int(ids[row])}; legal are class ids in [0, {n_classes}) and ignore_index={ignore_index}"
+    )
+
+
+def _final_logits(logits: Any, target: Target) -> tuple[Any, Any | None]:
+    """z = κ·tanh((r + bias)/κ) and ∂z/∂r = 1 − (z/κ)²; without a softcap z = r + bias and None."""
+    r = _acc(logits)
+    if target.bias is not None:
+        r = r + target.bias
+    if not target.softcap:
+        return r, None
+    capped = np.tanh(r / r.dtype.type(target.softcap))
+    return r.dtype.type(target.softcap) * capped, 1 - capped * capped
+
+
+def _target_rows(z: Any, target: Target) -> tuple[Any, Any, Any]:
+    """q (N, C), the plain target; y (N, C), the target with all its options; m (N,)."""
+    N, C = z.shape
+    w = np.ones(C, z.dtype) if target.weight is None else target.weight
+    if target.ids is None:
+        q = _acc(target.probs).astype(z.dtype)
+        y = w * (z.dtype.type(target.hot) * q + z.dtype.type(target.rest))
+        return q, y, np.ones(N, z.dtype)
+    counts = target.ids >= 0
+    m = counts.astype(z.dtype) if target.row_weight is None else target.row_weight
+    q = (target.ids[:, None] - target.first_class == np.arange(C)).astype(z.dtype)
+    q[~counts] = 0
+    y = z.dtype.type(target.hot) * m[:, None] * q + z.dtype.type(target.rest) * w * counts[:, None]
+    return q, y, m
+
+
+def _mass(y: Any, target: Target) -> Any:
+    """A = Σ_c y_c, exactly 1 for class ids without weights."""
+    return y.sum(axis=1, dtype=np.float64).astype(y.dtype)
+
+
+def _dot(y: Any, u: Any) -> Any:
+    """Σ_c y_c·u_c, where a class without mass adds nothing even at u = −inf."""
+    return np.multiply(y, u, where=y != 0, out=np.zeros_like(u)).sum(axis=1)

@@ -1,0 +1,138 @@
+"""Every kind of target and every option, brought to the one form that kernels take.
+
+Each row of logits has a target row ``y``, most of it implied::
+
+    class id t         y_c = (1−ε)·w_t·[c = t] + (ε/C)·w_c        m = w_t
+    probabilities q    y_c = w_c·((1−ε)·q_c + ε/C)                m = 1
+    ignored            y_c = 0                                    m = 0
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, Literal, NamedTuple, TypedDict
+
+__all__ = ["IGNORED", "INVALID", "OptionKwargs", "Options", "Target"]
+
+IGNORED = -1
+"""In `Target.ids`: the row does not count."""
+INVALID = -2
+"""In `Target.ids`, on a device only: the id was out of range; the row's loss is NaN and its gradient 0."""
+
+
+class Target(NamedTuple):
+    """What a kernel needs beside the logits. Arrays are the backend's own; see `swl.backends.Backend`."""
+
+    ids: Any = None  # (N,) int64, contiguous: class ids, IGNORED or INVALID; or None
+    probs: Any = None  # (N, C), any real dtype, any strides; None where ids is given
+    weight: Any = None  # w (C,), dtype acc, contiguous; None: 1
+    row_weight: Any = None  # m (N,), dtype acc, contiguous; None: 1 for a row that counts
+    hot: float = 1.0  # 1−ε
+    rest: float = 0.0  # ε/C, C counting the classes of all shards
+    softcap: float = 0.0  # κ of z = κ·tanh(r/κ); 0: off
+    z_loss: float = 0.0  # λ
+    bias: Any = None  # (C,), dtype acc, contiguous, added to the logits before the softcap; None: 0
+    first_class: int = 0  # the class id of column 0; an id outside the columns hits none of them, but its row counts
+
+    def rows(self, start: int, stop: int) -> Target:
+        """Cut out the rows ``[start, stop)``."""
+        return self._replace(
+            ids=None if self.ids is None else self.ids[start:stop],
+            probs=None if self.probs is None else self.probs[start:stop],
+            row_weight=None if self.row_weight is None else self.row_weight[start:stop],
+        )
+
+    def classes(self, start: int, stop: int) -> Target:
+        """Cut out the classes ``[start, stop)``, counted from `first_class`."""
+        return self._replace(
+            probs=None if self.probs is None else self.probs[:, start:stop],
+            weight=None if self.weight is None else self.weight[start:stop],
+            bias=None if self.bias is None else self.bias[start:stop],
+            first_class=self.first_class + start,
+        )
+
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class OptionKwargs(TypedDict, total=False):
+    """The keyword arguments that every loss of the library takes; see `Options` for their meaning."""
+
+    weight: Any
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    sample_weight: Any
+    z_loss: float
+    softcap: float | None
+    denominator: Any
+    backend: str | None
+    check: bool | None
+
+
+class Options(NamedTuple):
+    """The options of every loss, with torch's names and defaults."""
+
+    weight: Any = None
+    """Class weights w, shape (C,)."""
+    ignore_index: int = -100
+    """Class id whose rows do not count; it may lie outside [0, C)."""
+    reduction: Reduction = "mean"
+    """``"mean"``, ``"sum"`` or ``"none"``."""
+    label_smoothing: float = 0.0
+    """ε in [0, 1)."""
+    sample_weight: Any = None
+    """Row weights s, shape (...)."""
+    z_loss: float = 0.0
+    """λ of λ·m·lse², at least 0."""
+    softcap: float | None = None
+    """κ of z = κ·tanh(r/κ), above 0; None: off."""
+    denominator: Any = None
+    """What ``"mean"`` divides by, in place of the sum of the row weights: a number above 0 or a 0-d array."""
+    backend: str | None = None
+    """Name of the backend to use; None: the arrays decide."""
+    check: bool | None = None
+    """True: wait for a device and raise if a class id was out of range. A host always checks."""
+
+    @classmethod
+    def checked(cls, kwargs: OptionKwargs) -> Options:
+        """Build the options and check whatever can be checked without the arrays.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the option, what came and what is legal.
+        """
+        if not kwargs:
+            return _DEFAULTS
+        unknown = kwargs.keys() - _DEFAULTS._asdict().keys()
+        if unknown:
+            raise TypeError(f"unknown option {min(unknown)!r}; legal options are {', '.join(cls._fields)}")
+        self = cls(**kwargs)
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is {self.reduction!r}; legal are 'mean', 'sum' and 'none'")
+        _number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda v: 0 <= v < 1)
+        _number("z_loss", self.z_loss, "finite and at least 0", lambda v: 0 <= v < math.inf)
+        if self.softcap is not None:
+            _number("softcap", self.softcap, "None or finite and above 0", lambda v: 0 < v < math.inf)
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
+            raise TypeError(f"ignore_index must be an integer, got {self.ignore_index!r}")
+        if self.denominator is not None:
+            if self.reduction != "mean":
+                raise ValueError(f"denominator applies to reduction='mean' only, got reduction={self.reduction!r}")
+            if getattr(self.denominator, "ndim", None) != 0 or isinstance(self.denominator, numbers.Number):
+                _number("denominator", self.denominator, "finite and above 0", lambda v: 0 < v < math.inf)
+        if self.check not in (None, True, False):
+            raise TypeError(f"check must be True, False or None, got {self.check!r}")
+        return self
+
+
+_DEFAULTS = Options()
+
+
+def _number(name: str, value: Any, legal: str, ok: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number {legal}, got {value!r} of type {type(value).__name__}")
+    if not ok(value):  # a NaN fails every comparison
+        raise ValueError(f"{name} must be {legal}, got {value!r}")
