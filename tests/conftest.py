@@ -1,0 +1,138 @@
+"""One `backend` fixture over the registry; what pytest needs to know of GPUs; Hypothesis settings."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+import swl
+from swl.backends import _REGISTRY, Backend, get
+
+HERE = Path(__file__).parent
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
+
+hypothesis.settings.register_profile(
+    "swl",
+    max_examples=50,
+    deadline=None,  # the first example of a dtype compiles its kernels
+    derandomize=IN_CI,
+    print_blob=True,
+    # `backend` is a fixture of function scope that holds nothing an example could change
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("swl")
+
+
+# ------------------------------------------------------------------------------------------------ the emulated GPU
+
+
+def _emulated() -> tuple[ModuleType | None, str | None]:
+    """Register the CUDA backend that runs on the CPU; give its module, and the reason why it cannot run here."""
+    if not (HERE / "cuda" / "emulated.py").exists():
+        return None, None
+    sys.path.insert(0, str(HERE / "cuda"))
+    module = importlib.import_module("emulated")
+    return module, module.register()
+
+
+EMULATED, NO_EMULATOR = _emulated()
+BACKENDS = [*_REGISTRY, *(["cupy-emulated"] if NO_EMULATOR and "cupy-emulated" not in _REGISTRY else [])]
+
+
+# ------------------------------------------------------------------------------------------------ the fixture
+
+
+class On:
+    """A backend as the tests see it: its name, and the way of arrays there and back."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ops: Backend = get(name)
+        self.is_host = _REGISTRY[name][1] == "host"
+
+    def array(self, x: Any, dtype: Any = None, *, writeable: bool = False) -> Any:
+        """Copy `x` to the backend; read-only on a host, so that a write to an input is an error."""
+        x = np.array(x, dtype=dtype)
+        if not self.is_host:
+            return self.ops.asarray(x)
+        x.flags.writeable = writeable
+        return x
+
+    def numpy(self, x: Any) -> np.ndarray[Any, Any]:
+        """Bring an array of the backend to NumPy."""
+        if isinstance(x, np.ndarray | np.generic):
+            return np.asarray(x)
+        if EMULATED is not None and self.name == "cupy-emulated":
+            return np.asarray(EMULATED.to_numpy(x))
+        return np.asarray(x.get())
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[On]:
+    """Every backend of the registry in turn, active for the length of the test."""
+    name = request.param
+    if name == "cupy-emulated" and NO_EMULATOR:
+        pytest.skip(NO_EMULATOR)
+    try:
+        here = On(name)
+    except swl.BackendUnavailable as error:
+        if request.config.getoption("require_gpu"):
+            pytest.fail(f"--require-gpu: {error}", pytrace=False)
+        pytest.skip(f"{NO_GPU} {error}" if name == "cupy" else str(error))
+    with swl.use_backend(name):
+        yield here
+
+
+# ------------------------------------------------------------------------------------------------ skips
+
+NO_GPU = "no GPU:"
+"""How the reason of the one skip begins that a run without a GPU may have."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail where a test would be skipped for want of a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: needs more than 4 GB of memory or half a minute; run by `-m slow`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("markexpr"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+
+
+def _forbid_skip(report: Any) -> None:
+    """In CI nothing may be skipped but for the missing GPU: a test that does not run proves nothing."""
+    if not (IN_CI and report.outcome == "skipped") or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if reason.removeprefix("Skipped: ").startswith(NO_GPU):
+        return
+    report.outcome = "failed"
+    report.longrepr = f"skipped in CI: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    report = yield
+    _forbid_skip(report)
+    return report
