@@ -6,7 +6,7 @@ Gradients are with respect to the sum of ``dout · loss``, as everywhere in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -67,7 +67,7 @@ def float_array(backend: Backend, name: str, x: Any) -> Any:
     return x
 
 
-def _real_array(backend: Backend, name: str, x: Any) -> Any:
+def real_array(backend: Backend, name: str, x: Any) -> Any:
     """Bring `x` to the backend and check that it holds real numbers of any dtype."""
     x = backend.asarray(x)
     if not (is_float(x.dtype) or x.dtype.kind in "iub"):
@@ -88,27 +88,55 @@ def _size(shape: Iterable[int]) -> int:
 # ------------------------------------------------------------------------------------------------ affine
 
 
-class _AffineArgs(NamedTuple):
+class AffinePass(NamedTuple):
+    """A forward pass of an affine map, and all that a backward pass needs of it."""
+
     backend: Backend
-    x: Any  # (N, D)
+    x: Any  # as it came, on the backend
+    x2: Any  # (N, D), of a floating dtype
     W: Any
-    b: Any
-    leading: tuple[int, ...]
+    leading: tuple[int, ...]  # (...) of the result
+
+    @classmethod
+    def of(cls, backend: Backend, x: Any, W: Any) -> AffinePass:
+        """Check the inputs against parameters that were checked before."""
+        x = x2 = real_array(backend, "x", x)
+        if x.dtype.kind in "iub":
+            x2 = x.astype(W.dtype)
+        x2, leading = flatten_inputs(x2, W.shape[0])
+        return cls(backend, x, x2, W, leading)
+
+    def forward(self, b: Any) -> Any:
+        """Compute ``y = x·W + b``."""
+        backend, _, x2, W, leading = self
+        same = x2.dtype == W.dtype and (b is None or b.dtype == W.dtype)
+        dtype = W.dtype if same else backend.xp.result_type(*(a for a in (x2, W, b) if a is not None))
+        y = backend.empty((x2.shape[0], W.shape[1]), dtype)
+        backend.affine_forward(x2, W, b, y)
+        return y if len(leading) == 1 else y.reshape(*leading, W.shape[1])
+
+    def backward(self, dout: Any, needs: Collection[str] = ("dx", "dW", "db")) -> tuple[Any, Any, Any]:
+        """Compute ``dx, dW, db``, each in an array of its own or None; any number of times."""
+        backend, x, x2, W, leading = self
+        K = W.shape[1]
+        dout = float_array(backend, "dout", dout)
+        require_shape("dout", dout, (*leading, K), "the shape of the affine map's result")
+        dx = backend.empty(x2.shape, x2.dtype) if "dx" in needs else None
+        dW = backend.empty(W.shape, W.dtype) if "dW" in needs else None
+        db = backend.empty((K,), W.dtype) if "db" in needs else None
+        backend.affine_backward(dout.reshape(x2.shape[0], K), x2, W, dx, dW, db)
+        return (None if dx is None else dx.reshape(x.shape)), dW, db
 
 
-def _affine_args(x: Any, W: Any, b: Any = None, dout: Any = None) -> _AffineArgs:
-    backend = resolve(None, {"x": x, "W": W, "b": b, "dout": dout})
+def affine_parameters(backend: Backend, W: Any, b: Any) -> tuple[Any, Any]:
+    """Bring the parameters of an affine map to the backend and check them."""
     W = float_array(backend, "W", W)
     if W.ndim != 2:
         raise ValueError(f"W must have shape (D, K), got {W.shape}")
-    x = _real_array(backend, "x", x)
-    if x.dtype.kind in "iub":
-        x = x.astype(W.dtype)
-    x2, leading = flatten_inputs(x, W.shape[0])
     if b is not None:
         b = float_array(backend, "b", b)
         require_shape("b", b, (W.shape[1],), "the columns of W")
-    return _AffineArgs(backend, x2, W, b, leading)
+    return W, b
 
 
 def flatten_inputs(x: Any, D: int) -> tuple[Any, tuple[int, ...]]:
@@ -155,11 +183,9 @@ def affine(x: Any, W: Any, b: Any = None) -> Any:
     >>> swl.affine(np.array([[1., 2.]]), np.eye(2), np.array([10., 20.]))
     array([[11., 22.]])
     """
-    backend, x2, W, b, leading = _affine_args(x, W, b)
-    dtype = backend.xp.result_type(x2, W) if b is None else backend.xp.result_type(x2, W, b)
-    y = backend.empty((x2.shape[0], W.shape[1]), dtype)
-    backend.affine_forward(x2, W, b, y)
-    return y.reshape(*leading, W.shape[1])
+    backend = resolve(None, {"x": x, "W": W, "b": b})
+    W, b = affine_parameters(backend, W, b)
+    return AffinePass.of(backend, x, W).forward(b)
 
 
 def affine_backward(
@@ -194,16 +220,9 @@ def affine_backward(
     >>> dx is None, dW.tolist(), db.tolist()
     (True, [[1.0, 1.0], [2.0, 2.0]], [1.0, 1.0])
     """
-    backend, x2, W, _, leading = _affine_args(x, W, dout=dout)
-    needs = check_needs(needs)
-    K = W.shape[1]
-    dout = float_array(backend, "dout", dout)
-    require_shape("dout", dout, (*leading, K), "the shape of the affine map's result")
-    dx = backend.empty(x2.shape, x2.dtype) if "dx" in needs else None
-    dW = backend.empty(W.shape, W.dtype) if "dW" in needs else None
-    db = backend.empty((K,), W.dtype) if "db" in needs else None
-    backend.affine_backward(dout.reshape(x2.shape[0], K), x2, W, dx, dW, db)
-    return (None if dx is None else dx.reshape(np.shape(x))), dW, db
+    backend = resolve(None, {"x": x, "W": W, "dout": dout})
+    W, _ = affine_parameters(backend, W, None)
+    return AffinePass.of(backend, x, W).backward(dout, check_needs(needs))
 
 
 def check_needs(needs: Iterable[str]) -> frozenset[str]:
@@ -235,7 +254,7 @@ class Problem(NamedTuple):
         if isinstance(dout, (int, float)):
             scale: Any = dout
         else:
-            scale = _real_array(self.backend, "dout", dout)
+            scale = real_array(self.backend, "dout", dout)
             legal = self.leading if options.reduction == "none" else ()
             if scale.ndim != 0:
                 require_shape("dout", scale, legal, f"one value per loss of reduction={options.reduction!r}")
@@ -282,11 +301,11 @@ def problem(
     n_rows = _size(leading)
     weight, sample_weight = options.weight, options.sample_weight
     if weight is not None:
-        weight = _real_array(backend, "weight", weight)
+        weight = real_array(backend, "weight", weight)
         require_shape("weight", weight, (C,), "one per class")
         weight = xp.ascontiguousarray(weight, dtype=acc)
     if sample_weight is not None:
-        sample_weight = _real_array(backend, "sample_weight", sample_weight)
+        sample_weight = real_array(backend, "sample_weight", sample_weight)
         require_shape("sample_weight", sample_weight, leading, "one per row")
         sample_weight = sample_weight.reshape(n_rows).astype(acc, copy=False)
 
@@ -298,7 +317,7 @@ def problem(
             raise TypeError(f"target of class ids must be of an integer dtype, got {target.dtype}")
         ids, row_weight, counted = backend.prepare_ids(target.reshape(n_rows), C, options.ignore_index, weight)
     elif target.shape == (*leading, C):
-        probs = _real_array(backend, "target of probabilities", target).reshape(n_rows, C)
+        probs = real_array(backend, "target of probabilities", target).reshape(n_rows, C)
     else:
         raise ValueError(
             f"target must have shape {leading} (class ids) or {(*leading, C)} (probabilities) "
@@ -386,9 +405,7 @@ class _Gradient(NamedTuple):
         if not getattr(out.flags, "writeable", True):
             raise ValueError("out is read-only")
         xp, target = backend.xp, p.target
-        same = out is logits or (
-            out.strides == logits.strides and _address(out) == _address(logits)
-        )
+        same = out is logits or (out.strides == logits.strides and _address(out) == _address(logits))
         if not same and xp.may_share_memory(out, logits):
             raise ValueError("out overlaps logits without being the same array")
         for name, other in (("target", target.probs), ("weight", target.weight)):
@@ -537,10 +554,18 @@ def value_and_grad(
     logits: Any, target: Any, options: Options, dout: Any = 1.0, out: Any = None, stats: bool = False
 ) -> Any:
     """Run `cross_entropy_value_and_grad` with options that were checked before."""
+    done, grad = one_sweep(logits, target, options, dout, out, stats)
+    loss = done.problem.reduce(done.rows.loss)
+    return (loss, grad, done.problem.stats(done.rows)) if stats else (loss, grad)
+
+
+def one_sweep(
+    logits: Any, target: Any, options: Options, dout: Any = 1.0, out: Any = None, stats: bool = False
+) -> tuple[Pass, Any]:
+    """Run forward and backward in one sweep and keep the pass, whose logits are gone if `out` overwrote them."""
     p, logits, logits_nc = logits_problem(logits, target, options, out)
     scale = p.row_scale(dout)
     grad = _Gradient.into(p, out, logits, logits_nc)
     rows = p.backend.cross_entropy_forward_backward(logits_nc, p.target, scale, grad.nc, stats)
     p.finish()
-    loss = p.reduce(rows.loss)
-    return (loss, grad.finish(), p.stats(rows)) if stats else (loss, grad.finish())
+    return Pass(p, logits, logits_nc, rows), grad.finish()
