@@ -7,6 +7,9 @@ from typing import Any
 from swl.backends import active, backends, get, loaded, set_backend, use_backend
 from swl.errors import BackendUnavailable
 from swl.functional import RowStats, affine, affine_backward, cross_entropy, cross_entropy_value_and_grad
+from swl.gradcheck import check_gradients, numerical_gradient
+from swl.layers import Affine, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
+from swl.optim import SGD, AdamW
 
 __version__ = "0.1.0"
 
@@ -23,15 +26,25 @@ def check() -> None:
 
 
 __all__ = [
+    "SGD",
+    "AdamW",
+    "Affine",
     "BackendUnavailable",
+    "ReLU",
+    "Relu",
     "RowStats",
+    "Sequential",
+    "Sigmoid",
+    "SoftmaxWithLoss",
     "affine",
     "affine_backward",
     "asarray",
     "backends",
     "check",
+    "check_gradients",
     "cross_entropy",
     "cross_entropy_value_and_grad",
+    "numerical_gradient",
     "set_backend",
     "use_backend",
 ]
