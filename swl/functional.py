@@ -369,7 +369,7 @@ class Pass(NamedTuple):
         """Compute ``dout · ∂loss/∂logits``; any number of times."""
         p = self.problem
         scale = p.row_scale(dout)
-        grad = _Gradient.into(p, out, self.logits, self.logits_nc)
+        grad = _Gradient.into(p, out, self.logits, self.logits_nc, scale)
         p.backend.cross_entropy_backward(self.logits_nc, p.target, self.rows, scale, grad.nc)
         return grad.finish()
 
@@ -392,7 +392,7 @@ class _Gradient(NamedTuple):
     nc: Any
 
     @classmethod
-    def into(cls, p: Problem, out: Any, logits: Any, logits_nc: Any) -> _Gradient:
+    def into(cls, p: Problem, out: Any, logits: Any, logits_nc: Any, scale: Any) -> _Gradient:
         backend = p.backend
         if out is None:
             nc = backend.empty(logits_nc.shape, logits_nc.dtype)
@@ -404,12 +404,15 @@ class _Gradient(NamedTuple):
             raise TypeError(f"out must have the dtype of logits, {logits.dtype}, got {out.dtype}")
         if not getattr(out.flags, "writeable", True):
             raise ValueError("out is read-only")
+        if out.size and any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
+            raise ValueError(f"out must have a place for every element, got strides {out.strides}")
         xp, target = backend.xp, p.target
+        overlap = np.shares_memory if xp is np else xp.may_share_memory  # the exact answer would wait for a device
         same = out is logits or (out.strides == logits.strides and _address(out) == _address(logits))
-        if not same and xp.may_share_memory(out, logits):
+        if not same and overlap(out, logits):
             raise ValueError("out overlaps logits without being the same array")
-        for name, other in (("target", target.probs), ("weight", target.weight)):
-            if other is not None and xp.may_share_memory(out, other):
+        for name, other in (("target", target.probs), ("weight", target.weight), ("dout or sample_weight", scale)):
+            if other is not None and overlap(out, other):
                 raise ValueError(f"out overlaps {name}")
         return cls(xp, out, out if out.ndim == 2 else out.reshape(logits_nc.shape))
 
@@ -565,7 +568,7 @@ def one_sweep(
     """Run forward and backward in one sweep and keep the pass, whose logits are gone if `out` overwrote them."""
     p, logits, logits_nc = logits_problem(logits, target, options, out)
     scale = p.row_scale(dout)
-    grad = _Gradient.into(p, out, logits, logits_nc)
+    grad = _Gradient.into(p, out, logits, logits_nc, scale)
     rows = p.backend.cross_entropy_forward_backward(logits_nc, p.target, scale, grad.nc, stats)
     p.finish()
     return Pass(p, logits, logits_nc, rows), grad.finish()

@@ -69,7 +69,7 @@ class On:
 
     def numpy(self, x: Any) -> np.ndarray[Any, Any]:
         """Bring an array of the backend to NumPy."""
-        if isinstance(x, np.ndarray | np.generic):
+        if isinstance(x, np.ndarray | np.generic | float):
             return np.asarray(x)
         if EMULATED is not None and self.name == "cupy-emulated":
             return np.asarray(EMULATED.to_numpy(x))

@@ -114,9 +114,12 @@ def test_class_ids_of_every_integer_dtype(backend: Any, dtype: Any) -> None:
     check(backend, case, *swl.cross_entropy_value_and_grad(logits, target, stats=True))
 
 
-@pytest.mark.parametrize("dtype", PROBABILITIES, ids=str)
-@pytest.mark.parametrize("logits_dtype", FLOATS, ids=str)
-def test_one_hot_of_every_dtype_equals_class_ids(backend: Any, dtype: Any, logits_dtype: Any) -> None:
+@pytest.mark.parametrize(
+    ("logits_dtype", "dtype"),
+    [*((FLOATS[0], dtype) for dtype in PROBABILITIES), *((dtype, dtype) for dtype in FLOATS[1:])],
+    ids=str,
+)
+def test_one_hot_of_every_dtype_equals_class_ids(backend: Any, logits_dtype: Any, dtype: Any) -> None:
     rng = np.random.default_rng(2)
     ids = rng.integers(0, 11, (3, 4))
     z = backend.array(rng.standard_normal((3, 4, 11)).astype(logits_dtype))
