@@ -1,0 +1,225 @@
+"""The command ``swl``: ``swl train`` and ``swl info``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import swl
+from swl.backends import active, get
+
+if TYPE_CHECKING:
+    from swl.data import Data
+    from swl.gradcheck import GradientReport
+    from swl.train import Settings
+
+__all__ = ["main"]
+
+
+class _Refused(Exception):  # noqa: N818 - it never leaves this module
+    """What the user asked for cannot be done; the message is all they need."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (_Refused, swl.BackendUnavailable) as error:
+        print(f"swl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("swl: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="swl", description="Affine, softmax and cross-entropy on NumPy, Numba and CUDA.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"swl {swl.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, backends and why each is or is not usable", allow_abbrev=False)
+    info.set_defaults(run=_info)
+
+    train = commands.add_parser(
+        "train",
+        help="train a classifier",
+        description="Train Affine, ReLU, Affine, SoftmaxWithLoss; the last line printed is the test accuracy.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    what = train.add_mutually_exclusive_group(required=True)
+    what.add_argument("dataset", nargs="?", choices=["digits"], help="1,797 handwritten digits, from scikit-learn")
+    what.add_argument("--data", type=Path, metavar="FILE.npz", help="your own arrays x (N, ...) and t (N,) or (N, C)")
+    train.add_argument(
+        "--backend", metavar="NAME", help="one of those that `swl info` lists; by default SWL_BACKEND, else numba"
+    )
+    train.add_argument("--hidden", type=_at_least(int, 1), default=200, metavar="N", help="units of the hidden layer")
+    train.add_argument(
+        "--epochs", type=_at_least(int, 1), default=30, metavar="N", help="passes over the training rows"
+    )
+    train.add_argument("--batch-size", type=_at_least(int, 1), default=32, metavar="N", help="rows per step")
+    train.add_argument("--lr", type=_at_least(float, 0), default=3e-3, metavar="X", help="learning rate at the start")
+    train.add_argument(
+        "--seed", type=_at_least(int, 0), default=0, metavar="N", help="of initial weights and row order"
+    )
+    train.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="of parameters and inputs")
+    train.add_argument(
+        "--scale",
+        choices=["all", "each"],
+        help="scale inputs all alike, or each feature; by default digits all, --data each",
+    )
+    train.add_argument("--plot", type=Path, metavar="FILE", help="save a picture of loss and accuracy")
+    train.add_argument("--save", type=Path, metavar="FILE", help="save the parameters, as .npz")
+    train.set_defaults(run=_train)
+    return parser
+
+
+def _at_least(number: type[int] | type[float], low: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = number(text)
+        if not low <= value < float("inf"):  # a NaN fails too
+            raise argparse.ArgumentTypeError(f"must be finite and at least {low}, got {text}")
+        return value
+
+    parse.__name__ = number.__name__  # argparse names it where `text` is no number
+    return parse
+
+
+# ------------------------------------------------------------------------------------------------ swl train
+
+
+def _train(options: argparse.Namespace) -> int:
+    from swl import data as datasets
+    from swl.train import Settings
+
+    _check_outputs(options)
+    try:
+        tqdm = datasets.require("tqdm", "the progress bar of swl train").tqdm
+        data = datasets.digits() if options.data is None else datasets.from_file(options.data)
+    except datasets.DataError as error:
+        raise _Refused(str(error)) from None
+    settings = Settings(
+        options.hidden, options.epochs, options.batch_size, options.lr, options.seed, options.dtype, options.scale
+    )
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(swl.use_backend(options.backend or active()))
+        except ValueError as error:  # no backend of that name
+            raise _Refused(str(error)) from None
+        return _run_training(data, settings, options, tqdm)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse before the work what could not be written after it."""
+    for path in (options.plot, options.save):
+        if path is not None and path.is_dir():
+            raise _Refused(f"cannot write {path}: it is a folder")
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise _Refused(f"cannot write {path}: {path.parent} is not a folder that can be written to")
+    if options.plot is not None and options.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise _Refused(f"--plot FILE must end in .png, .svg or .pdf, got {options.plot}")
+    if options.save is not None and options.save.suffix != ".npz":
+        raise _Refused(f"--save FILE must end in .npz, got {options.save}")
+
+
+def _run_training(data: Data, settings: Settings, options: argparse.Namespace, tqdm: Any) -> int:
+    from swl import train as training
+
+    name, (N, D) = active(), data.x.shape
+    print(f"backend {name}, {settings.dtype}; {data.name}: {N} rows of {D} numbers, {data.n_classes} classes")
+    with tqdm(unit="step", file=sys.stderr, leave=False) as bar:
+
+        def on_start(net: swl.Sequential, report: GradientReport, steps: int) -> None:
+            bar.reset(total=steps)
+            tqdm.write(f"{net!r}")
+            tqdm.write(f"gradients checked: worst relative error {report.worst:.1e}, tolerance {report.tol:.0e}")
+
+        def on_epoch(number: int, epoch: training.Epoch) -> None:
+            tqdm.write(f"epoch {number:3}  loss {epoch.loss:.8f}  validation accuracy {epoch.validation:.4f}")
+
+        result = training.train(data, settings, on_start=on_start, on_step=bar.update, on_epoch=on_epoch)
+    print(f"throughput {result.rows_per_second:,.0f} rows/s")
+    if options.plot is not None:
+        training.plot(options.plot, result, f"{data.name}, backend {name}")
+        print(f"picture in {options.plot}")
+    if options.save is not None:
+        training.save(options.save, result.net)
+        print(f"parameters in {options.save}")
+    print(f"test accuracy {result.test_accuracy:.4f}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ swl info
+
+
+def _info(options: argparse.Namespace) -> int:
+    for title, lines in (("versions", _versions()), ("backends", _backends()), ("BLAS", _blas()), ("Numba", _numba())):
+        print(title)
+        for name, value in lines:
+            print(f"  {name:<16}{value}")
+    return 0
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "swl", f"{swl.__version__}, {Path(swl.__file__).parent}"
+    yield "python", f"{platform.python_version()}, {platform.platform()}"
+    for name in ("numpy", "numba", "cupy", "torch", "mpi4py", "scikit-learn", "matplotlib", "tqdm"):
+        yield name, _version(name)
+
+
+def _version(package: str) -> str:
+    names = ("cupy-cuda13x", "cupy-cuda12x", "cupy") if package == "cupy" else (package,)
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name) + (f" ({name})" if name != package else "")
+    return "not installed"
+
+
+def _backends() -> Iterator[tuple[str, str]]:
+    try:
+        chosen = active()
+    except ValueError as error:
+        yield "SWL_BACKEND", str(error)
+        chosen = ""
+    for info in swl.backends():
+        if info.usable:
+            details = ", ".join(f"{key} {value}" for key, value in get(info.name).info().items())
+            yield info.name, f"usable{' (active)' if info.name == chosen else ''}: {details}"
+        else:
+            yield info.name, f"not usable: {info.reason}"
+
+
+def _blas() -> Iterator[tuple[str, str]]:
+    built: Any = np.show_config(mode="dicts")
+    blas = built.get("Build Dependencies", {}).get("blas", {})
+    yield "numpy's", f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip()
+    try:
+        pools = importlib.import_module("threadpoolctl").threadpool_info()
+    except ModuleNotFoundError:
+        yield "threads", "unknown (pip install threadpoolctl)"
+        return
+    for pool in pools:
+        if pool["user_api"] == "blas":
+            yield "threads", f"{pool['num_threads']} ({pool['internal_api']} {pool['version']})"
+
+
+def _numba() -> Iterator[tuple[str, str]]:
+    import numba
+
+    config: Any = numba.config
+    yield "threading layer", f"{config.THREADING_LAYER}; not used: swl's kernels run on a pool of its own"
+    folder = config.CACHE_DIR or Path(swl.__file__).parent / "backends" / "__pycache__"
+    yield "kernel cache", f"{folder}{'' if os.access(folder, os.W_OK) else ' (cannot be written to)'}"
