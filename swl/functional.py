@@ -263,6 +263,8 @@ class Problem(NamedTuple):
             scale = scale * inverse(xp, self.denominator)
         if self.sample_weight is not None:
             scale = scale * self.sample_weight
+        if isinstance(scale, (int, float)):  # asarray would copy from the host, which a CUDA graph cannot repeat
+            return xp.full(1, scale, dtype=self.acc)
         return xp.asarray(scale, dtype=self.acc).reshape(-1)
 
     def reduce(self, loss: Any) -> Any:

@@ -1,0 +1,664 @@
+// Softmax cross-entropy: forward, backward, and both in one sweep, for every target and option.
+//
+// Logits r (N, C), z = κ·tanh((r + bias)/κ) or r + bias; a target row y (N, C), most of it implied:
+//
+//   class id t         y_c = (1−ε)·m·[c = t] + (ε/C)·w_c     m = w_t          hot = 1−ε, rest = ε/C
+//   probabilities q    y_c = w_c·((1−ε)·q_c + ε/C)           m = 1
+//
+//   M = max z    u = z − M    S = log Σ exp u    A = Σ y    d = Σ y·u
+//   loss   = A·S − d + λ·m·(M + S)²
+//   dloss  = scale·((A + 2λ·m·(M + S))·p − y)·∂z/∂r          p = exp(u − S)      ∂z/∂r = 1 − (z/κ)²
+//
+// Every kernel is made of three pieces, so that all variants give the same numbers and no option needs a copy:
+//   absorb     takes a pack of logits into the running sums of a thread (Sums), rescaling them when the maximum grows
+//   finish     turns the sums of a whole row into what is stored of it
+//   gradient   turns a pack of logits into a pack of gradients
+//
+//   ce_rows<T, DENSE, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0); forward, or both sweeps
+//                                  with the row kept on chip between them
+//   ce_partial + ce_combine        a row by several blocks: their sums meet in a second kernel
+//   ce_backward                    gradients from M, S and A
+//
+// Names: logits_nc is a matrix (N, C) of rows `stride` elements apart; loss_n has one value per row.
+
+#include "common.cuh"
+
+const i64 INVALID = -2;  // an id that was out of range: loss NaN, gradient 0. IGNORED is -1. See swl/targets.py.
+
+// What is asked of all rows. A pointer is null where the option is off.
+template <typename T> struct Problem {
+  typedef Acc<T> A;
+  const T* logits_nc;
+  i64 stride;
+  i64 N, C;
+  const i64* ids_n;      // class ids, or
+  const void* probs_nc;  // probabilities, of type probs_type and any strides
+  int probs_type;        // 0 float, 1 double, 2 __half, 3 __nv_bfloat16
+  i64 probs_row, probs_column;
+  const A* weight_c;      // w
+  const A* row_weight_n;  // m of class ids
+  const A* bias_c;
+  A hot, rest, softcap, z_loss;
+  A mass_hit, mass_miss;  // A of a class id without weights that hits a column, and of one that does not
+  i64 first_class;        // the class id of column 0
+};
+
+// The head of every kernel's parameter list, and the Problem made of it.
+#define PROBLEM_PARAMETERS(T)                                                                                    \
+  const T *logits_nc, i64 stride, i64 N, i64 C, const i64 *ids_n, const void *probs_nc, int probs_type,          \
+      i64 probs_row, i64 probs_column, const Acc<T> *weight_c, const Acc<T> *row_weight_n, const Acc<T> *bias_c, \
+      Acc<T> hot, Acc<T> rest, Acc<T> softcap, Acc<T> z_loss, Acc<T> mass_hit, Acc<T> mass_miss, i64 first_class
+#define PROBLEM(T)                                                                                               \
+  Problem<T> {                                                                                                   \
+    logits_nc, stride, N, C, ids_n, probs_nc, probs_type, probs_row, probs_column, weight_c, row_weight_n,       \
+        bias_c, hot, rest, softcap, z_loss, mass_hit, mass_miss, first_class                                                          \
+  }
+
+// Where a forward sweep leaves a row; the last three are null unless they were asked for.
+template <typename A> struct RowsOut {
+  A *loss_n, *row_max_n, *log_sum_n, *target_dot_n, *mass_n, *entropy_n, *log_prob_n;
+  i64* argmax_n;
+};
+#define ROWS_PARAMETERS(A) \
+  A *loss_n, A *row_max_n, A *log_sum_n, A *target_dot_n, A *mass_n, A *entropy_n, A *log_prob_n, i64 *argmax_n
+#define ROWS(A) \
+  RowsOut<A> { loss_n, row_max_n, log_sum_n, target_dot_n, mass_n, entropy_n, log_prob_n, argmax_n }
+
+// ------------------------------------------------------------------------------------------------ targets and logits
+
+template <typename Q, typename A, int V>
+__device__ __forceinline__ void load_probs(const Q* row, i64 column, i64 c, i64 C, A (&q)[V]) {
+  // 16 bytes at a time where they are neighbours on a 16-byte boundary, which need not be the logits' boundary
+  const int W = V * sizeof(Q) < 16 ? V : Wide<Q>::N;
+  if (column == 1 && c >= 0 && c + V <= C && is_aligned(row + c, W * sizeof(Q))) {
+#pragma unroll
+    for (int i = 0; i < V; i += W) {
+      const Pack<Q, W> pack = load(reinterpret_cast<const Pack<Q, W>*>(row + c + i));
+#pragma unroll
+      for (int k = 0; k < W; ++k) q[i + k] = (A)widen(pack.x[k]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) q[i] = (c + i >= 0 && c + i < C) ? (A)widen(load(row + (c + i) * column)) : (A)0;
+  }
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void load_target(const Problem<T>& p, i64 n, i64 c, Acc<T> (&q)[V]) {
+  const i64 row = n * p.probs_row;
+  if (p.probs_type == 0)
+    load_probs((const float*)p.probs_nc + row, p.probs_column, c, p.C, q);
+  else if (p.probs_type == 1)
+    load_probs((const double*)p.probs_nc + row, p.probs_column, c, p.C, q);
+  else if (p.probs_type == 2)
+    load_probs((const __half*)p.probs_nc + row, p.probs_column, c, p.C, q);
+  else
+    load_probs((const __nv_bfloat16*)p.probs_nc + row, p.probs_column, c, p.C, q);
+}
+
+// y of the columns [c, c + V), without the class id's own share: w·((1−ε)·q + ε/C), or w·ε/C. Also q itself.
+template <typename T, bool DENSE, int V>
+__device__ __forceinline__ void target_pack(const Problem<T>& p, i64 n, i64 c, Acc<T> (&y)[V], Acc<T> (&q)[V]) {
+  typedef Acc<T> A;
+#pragma unroll
+  for (int i = 0; i < V; ++i) q[i] = 0;
+  if (DENSE) load_target<T, V>(p, n, c, q);
+#pragma unroll
+  for (int i = 0; i < V; ++i) y[i] = (c + i >= 0 && c + i < p.C) ? (DENSE ? p.hot * q[i] + p.rest : p.rest) : (A)0;
+  if (p.weight_c && (DENSE || p.rest != 0)) {
+    A w[V];
+    load_columns(p.weight_c, c, p.C, (A)0, w);
+#pragma unroll
+    for (int i = 0; i < V; ++i) y[i] *= w[i];
+  }
+}
+
+// z of one logit, and tanh, from which ∂z/∂r = 1 − tanh²; 0 without a softcap.
+template <typename T> __device__ __forceinline__ Acc<T> final_logit(const Problem<T>& p, Acc<T> r, Acc<T>& tanh) {
+  tanh = 0;
+  if (p.softcap == 0) return r;
+  tanh = tanh_of(r / p.softcap);
+  return p.softcap * tanh;
+}
+
+// z of a pack; −inf, which adds nothing to any sum, outside [0, C).
+template <typename T, int V>
+__device__ __forceinline__ void final_logits(
+    const Problem<T>& p, i64 c, const Pack<T, V>& pack, Acc<T> (&z)[V], Acc<T> (&tanh)[V]) {
+  typedef Acc<T> A;
+#pragma unroll
+  for (int i = 0; i < V; ++i) z[i] = widen(pack.x[i]);
+  if (p.bias_c) {
+    A bias[V];
+    load_columns(p.bias_c, c, p.C, (A)0, bias);
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] += bias[i];
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    z[i] = final_logit(p, z[i], tanh[i]);
+    if (c + i < 0 || c + i >= p.C) z[i] = -infinity<A>();
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ running sums
+
+const int SUMS = 7;  // fields of Sums that ce_partial stores in the arithmetic type; then the class
+
+// Sums over the columns seen so far, relative to the largest logit seen so far (to 0 as long as all were −inf).
+template <typename A> struct Sums {
+  A max;      // M
+  A exp;      // Σ exp u
+  A dot;      // Σ y·u          dot and mass without the class id's own share
+  A mass;     // Σ y
+  A entropy;  // Σ exp(u)·u     only with stats
+  A q_dot;    // Σ q·u          only with stats, probabilities
+  A q_mass;   // Σ q
+  i64 at;     // the first class of the largest logit; only with stats
+};
+
+template <typename A> __device__ __forceinline__ Sums<A> nothing() {
+  return Sums<A>{-infinity<A>(), 0, 0, 0, 0, 0, 0, 0x7fffffffffffffffll};
+}
+
+// Which of the sums anyone asks for; the same for all threads.
+struct Wanted {
+  bool target, stats;
+};
+template <bool DENSE, typename T> __device__ __forceinline__ Wanted wanted(const Problem<T>& p, const void* entropy_n) {
+  return Wanted{DENSE || p.rest != 0, entropy_n != nullptr};
+}
+
+// Moves the sums to a maximum at least as large: with s = old − new ≤ 0, Σ exp(u + s) and Σ y·(u + s).
+template <typename A> __device__ __forceinline__ void rescale(Sums<A>& sums, A max) {
+  if (sums.max == max) return;
+  if (sums.max != -infinity<A>()) {  // else all sums are 0, or −inf for a target at −inf, and stay so
+    const A shift = sums.max - max, factor = exp_of(shift);
+    sums.entropy = factor == 0 ? factor : factor * (sums.entropy + shift * sums.exp);
+    sums.exp *= factor;
+    if (sums.mass != 0) sums.dot += sums.mass * shift;
+    if (sums.q_mass != 0) sums.q_dot += sums.q_mass * shift;
+  }
+  sums.max = max;
+}
+
+// argmax as NumPy has it: the first of equals, and the first NaN before all numbers.
+template <typename A> __device__ __forceinline__ bool comes_first(A z, i64 c, A than, i64 at) {
+  if (z != z) return than == than || c < at;
+  return z > than || (z == than && c < at);
+}
+
+// Columns that a thread works on at a time: 8 of them would not leave it enough registers.
+template <int V> struct Group { static const int N = V < 4 ? V : 4; };
+
+// Takes the columns [c, c + V) into the sums; V ≤ 4.
+template <typename T, bool DENSE, int V>
+__device__ __forceinline__ void absorb_group(
+    Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, i64 c, const Pack<T, V>& pack) {
+  typedef Acc<T> A;
+  A z[V], tanh[V];
+  final_logits<T, V>(p, c, pack, z, tanh);
+  A max = sums.max;
+  if (want.stats) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      if (c + i >= 0 && c + i < p.C && comes_first(z[i], c + i, max, sums.at)) sums.at = c + i;
+      max = max_or_nan(max, z[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) max = max_or_nan(max, z[i]);
+  }
+  rescale(sums, max);
+  const A from = max == -infinity<A>() ? (A)0 : max;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const A u = z[i] - from, e = exp_of(u);
+    sums.exp += e;
+    if (want.stats && e != 0) sums.entropy += e * u;
+  }
+  if (want.target) {
+    A y[V], q[V];
+    target_pack<T, DENSE, V>(p, n, c, y, q);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const A u = z[i] - from;
+      if (y[i] != 0) sums.dot += y[i] * u;  // a class without mass adds nothing even at u = −inf
+      sums.mass += y[i];
+      if (DENSE && want.stats) {
+        if (q[i] != 0) sums.q_dot += q[i] * u;
+        sums.q_mass += q[i];
+      }
+    }
+  }
+}
+
+// Takes the columns [c, c + V) into the sums.
+template <typename T, bool DENSE, int V>
+__device__ __forceinline__ void absorb(
+    Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, i64 c, Pack<T, V> pack) {
+  const int G = Group<V>::N;
+#pragma unroll 1
+  for (int i = 0; i < V; i += G) {
+    const Pack<T, G> group = first_of<G>(pack);
+    absorb_group<T, DENSE, G>(sums, p, want, n, c + i, group);
+    turn(pack, group);
+  }
+}
+
+// The sums over the columns of both.
+template <typename A> __device__ __forceinline__ Sums<A> combine(Sums<A> a, Sums<A> b) {
+  if (comes_first(b.max, b.at, a.max, a.at)) a.at = b.at;
+  const A max = max_or_nan(a.max, b.max);
+  rescale(a, max);
+  rescale(b, max);
+  return Sums<A>{max,
+                 a.exp + b.exp,
+                 a.dot + b.dot,
+                 a.mass + b.mass,
+                 a.entropy + b.entropy,
+                 a.q_dot + b.q_dot,
+                 a.q_mass + b.q_mass,
+                 a.at};
+}
+
+// Lane 0 of every LANES lanes gets their sums, in a fixed order; all lanes of the warp take part.
+template <int LANES, typename A> __device__ __forceinline__ Sums<A> combine_lanes(Sums<A> sums, const Wanted& want) {
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) {
+    Sums<A> other = nothing<A>();
+    other.max = __shfl_down_sync(ALL_LANES, sums.max, step, LANES);
+    other.exp = __shfl_down_sync(ALL_LANES, sums.exp, step, LANES);
+    if (want.target) {
+      other.dot = __shfl_down_sync(ALL_LANES, sums.dot, step, LANES);
+      other.mass = __shfl_down_sync(ALL_LANES, sums.mass, step, LANES);
+    }
+    if (want.stats) {
+      other.entropy = __shfl_down_sync(ALL_LANES, sums.entropy, step, LANES);
+      other.q_dot = __shfl_down_sync(ALL_LANES, sums.q_dot, step, LANES);
+      other.q_mass = __shfl_down_sync(ALL_LANES, sums.q_mass, step, LANES);
+      other.at = __shfl_down_sync(ALL_LANES, sums.at, step, LANES);
+    }
+    sums = combine(sums, other);
+  }
+  return sums;
+}
+
+// Thread 0 gets the sums of the block. warps: shared memory for one Sums per warp.
+template <typename A>
+__device__ __forceinline__ Sums<A> combine_block(Sums<A> sums, const Wanted& want, Sums<A>* warps) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  sums = combine_lanes<32>(sums, want);
+  if (lane == 0) warps[warp] = sums;
+  __syncthreads();  // warp 0 reads what the others wrote
+  if (warp == 0) {
+    sums = lane < (int)(blockDim.x / 32) ? warps[lane] : nothing<A>();
+    sums = combine_lanes<32>(sums, want);
+  }
+  return sums;
+}
+
+// ------------------------------------------------------------------------------------------------ one row
+
+// What the gradient needs of a row; read once per row and handed to all its threads.
+template <typename A> struct Row {
+  A max, log_sum;  // M, S
+  A pull;          // A + 2λ·m·(M + S)
+  A scale;
+  A y_hot;  // the class id's own share, (1−ε)·m
+  i64 hot;  // the column of the class id; −1 where no column is hit
+  bool counts;
+};
+
+// The target of row n: everything but the sums.
+template <typename T, bool DENSE>
+__device__ __forceinline__ Row<Acc<T>> open_row(const Problem<T>& p, i64 n, Acc<T>& m, i64& id) {
+  typedef Acc<T> A;
+  Row<A> row;
+  id = DENSE ? 0 : load(p.ids_n + n);
+  row.counts = id >= 0;
+  m = !row.counts ? (A)0 : !DENSE && p.row_weight_n ? load(p.row_weight_n + n) : (A)1;
+  const i64 c = id - p.first_class;
+  const bool hit = !DENSE && row.counts && c >= 0 && c < p.C;
+  row.hot = hit ? c : -1;
+  row.y_hot = hit ? p.hot * m : (A)0;
+  return row;
+}
+
+template <typename A> __device__ __forceinline__ A pull_of(A mass, A z_loss, A m, A max, A log_sum) {
+  return z_loss == 0 ? mass : mass + 2 * z_loss * m * (max + log_sum);  // A + 2λ·m·(M + S)
+}
+
+// Stores what a forward sweep leaves of row n, from the sums of all its columns; one thread per row.
+template <typename T, bool DENSE>
+__device__ __forceinline__ Row<Acc<T>> finish(
+    const Problem<T>& p, const RowsOut<Acc<T>>& out, const Wanted& want, i64 n, const Sums<Acc<T>>& sums) {
+  typedef Acc<T> A;
+  A m;
+  i64 id;
+  Row<A> row = open_row<T, DENSE>(p, n, m, id);
+  const A M = sums.max;
+  // Σ exp u is a whole number where all logits are equal, and log rounds once: S is exactly log C
+  const A S = M == -infinity<A>() ? not_a_number<A>() : (A)log((double)sums.exp);
+
+  A d = row.counts ? sums.dot : (A)0, mass = row.counts ? sums.mass : (A)0, u_hot = 0;
+  if (!DENSE && row.hot >= 0) {
+    A r = widen(load(p.logits_nc + n * p.stride + row.hot)), tanh;
+    if (p.bias_c) r += load_shared_by_rows(p.bias_c + row.hot);
+    u_hot = final_logit(p, r, tanh) - M;
+    if (row.y_hot != 0) d += row.y_hot * u_hot;
+    mass += row.y_hot;
+  }
+  if (!DENSE && row.counts && !p.weight_c)  // the sum over C equal shares, without its rounding errors
+    mass = row.hot >= 0 ? p.mass_hit : p.mass_miss;
+  A loss = mass * S - d;
+  if (p.z_loss != 0) loss += p.z_loss * m * (M + S) * (M + S);
+  const A nan = not_a_number<A>();
+  store(out.loss_n + n, row.counts ? loss : id == INVALID ? nan : (A)0);
+  store(out.row_max_n + n, M);
+  store(out.log_sum_n + n, S);
+  store(out.target_dot_n + n, d);
+  store(out.mass_n + n, mass);
+  if (want.stats) {
+    const A log_prob = DENSE ? sums.q_dot - sums.q_mass * S : row.hot >= 0 ? u_hot - S : (A)0;
+    store(out.entropy_n + n, S - sums.entropy / sums.exp);  // −Σ p·(u − S)
+    store(out.log_prob_n + n, id == INVALID ? nan : log_prob);
+    store(out.argmax_n + n, sums.at);
+  }
+  row.max = M;
+  row.log_sum = S;
+  row.pull = pull_of(mass, p.z_loss, m, M, S);
+  return row;
+}
+
+// The gradients of the columns [c, c + V) of row n; V ≤ 4.
+template <typename T, bool DENSE, int V>
+__device__ __forceinline__ Pack<T, V> gradient_group(
+    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, i64 c, const Pack<T, V>& pack) {
+  typedef Acc<T> A;
+  A z[V], tanh[V], y[V], q[V];
+  final_logits<T, V>(p, c, pack, z, tanh);
+  target_pack<T, DENSE, V>(p, n, c, y, q);
+  Pack<T, V> grad;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    if (!DENSE && c + i == row.hot) y[i] += row.y_hot;
+    const A prob = exp_of(z[i] - row.max - row.log_sum);
+    A g = (row.pull * prob - y[i]) * row.scale;  // ∂L/∂z = (A + 2λ·m·(M + S))·p − y
+    if (p.softcap != 0) g *= 1 - tanh[i] * tanh[i];
+    grad.x[i] = narrow<T>(g);
+  }
+  return grad;
+}
+
+// The gradients of the columns [c, c + V) of row n: 0, whatever the logits are, in a row that does not count.
+template <typename T, bool DENSE, int V>
+__device__ __forceinline__ Pack<T, V> gradient(
+    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, i64 c, Pack<T, V> pack) {
+  const int G = Group<V>::N;
+#pragma unroll 1
+  for (int i = 0; i < V; i += G) {
+    Pack<T, G> group = first_of<G>(pack);
+    if (row.counts) {
+      group = gradient_group<T, DENSE, G>(p, row, n, c + i, group);
+    } else {
+#pragma unroll
+      for (int k = 0; k < G; ++k) group.x[k] = narrow<T>((Acc<T>)0);
+    }
+    turn(pack, group);
+  }
+  return pack;
+}
+
+// ------------------------------------------------------------------------------------------------ kernels
+
+// A row by LANES lanes of a warp (a power of two up to 32; blockDim.x / LANES rows per block), or by a block (LANES = 0).
+//
+//   device memory ──► kept (KEEP packs per lane), then stage ──► gradient ──► device memory
+//                         └─► absorb ─► lanes ─► warps ─► finish ─► M, S, A ─┘
+//
+// kept is a ring of registers: each turn of the first loop puts a pack in at the end, each turn of the second takes the
+// first. stage is shared memory, for blocks only. Without grad_nc, stage is not used; with it, the row must fit.
+// grad_nc may be logits_nc: a row is on chip before its first gradient is written.
+template <typename T, bool DENSE, int LANES, int V, int KEEP>
+__global__ void __launch_bounds__(LANES ? 256 : sizeof(T) == 8 ? 512 : 1024)
+    ce_rows(PROBLEM_PARAMETERS(T), ROWS_PARAMETERS(Acc<T>), const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc,
+            i64 grad_stride) {
+  typedef Acc<T> A;
+  DYNAMIC_SHARED(shared);
+  Row<A>* const row_of_block = reinterpret_cast<Row<A>*>(shared);  // 64 bytes
+  Sums<A>* const warps = reinterpret_cast<Sums<A>*>(shared + 4);   // 32 of them
+  Pack<T, V>* const stage = reinterpret_cast<Pack<T, V>*>(shared + 4 + 32 * sizeof(Sums<A>) / 16);
+
+  const Problem<T> p = PROBLEM(T);
+  const Wanted want = wanted<DENSE>(p, entropy_n);
+  const int lanes = LANES ? LANES : blockDim.x;
+  const int lane = threadIdx.x % lanes;
+  const i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / lanes;
+  const bool exists = n < N;  // rows past the end have no packs, but their lanes take part in the shuffles
+  const T* logits = logits_nc + (exists ? n : 0) * stride;
+  const int lead = lead_of<T, V>(logits);
+  const i64 packs = exists ? (C + lead + V - 1) / V : 0;
+  const i64 turns = LANES ? KEEP : KEEP + max_of(0, (packs - KEEP * lanes + lanes - 1) / lanes);
+
+  Sums<A> sums = nothing<A>();
+  Pack<T, V * KEEP> kept;
+#pragma unroll 1
+  for (i64 k = 0; k < turns; ++k) {
+    const i64 j = lane + k * lanes, c = j * V - lead;
+    Pack<T, V> pack = first_of<V>(kept);  // whatever it is
+    if (j < packs) {
+      pack = load_pack<T, V>(logits, c, C, narrow<T>((A)0));
+      absorb<T, DENSE, V>(sums, p, want, n, c, pack);
+      if (!LANES && k >= KEEP && grad_nc) stage[j - KEEP * lanes] = pack;  // read back by this thread alone: no barrier
+    }
+    if (LANES || k < KEEP) turn(kept, pack);
+  }
+
+  Row<A> row;
+  if (LANES) {
+    sums = combine_lanes<LANES ? LANES : 32>(sums, want);
+    if (lane == 0 && exists) {
+      row = finish<T, DENSE>(p, ROWS(A), want, n, sums);
+      if (grad_nc) row.scale = load(row_scale_n + n * scale_stride);
+    }
+    if (!grad_nc) return;
+    row.max = __shfl_sync(ALL_LANES, row.max, 0, LANES ? LANES : 32);  // from lane 0 of each row
+    row.log_sum = __shfl_sync(ALL_LANES, row.log_sum, 0, LANES ? LANES : 32);
+    row.pull = __shfl_sync(ALL_LANES, row.pull, 0, LANES ? LANES : 32);
+    row.scale = __shfl_sync(ALL_LANES, row.scale, 0, LANES ? LANES : 32);
+    row.y_hot = __shfl_sync(ALL_LANES, row.y_hot, 0, LANES ? LANES : 32);
+    row.hot = __shfl_sync(ALL_LANES, row.hot, 0, LANES ? LANES : 32);
+    row.counts = __shfl_sync(ALL_LANES, (int)row.counts, 0, LANES ? LANES : 32);
+  } else {
+    sums = combine_block(sums, want, warps);
+    if (threadIdx.x == 0) {
+      row = finish<T, DENSE>(p, ROWS(A), want, n, sums);
+      if (grad_nc) row.scale = load(row_scale_n + n * scale_stride);
+      *row_of_block = row;
+    }
+    if (!grad_nc) return;
+    __syncthreads();  // all read what thread 0 wrote
+    row = *row_of_block;
+  }
+
+  T* grad = grad_nc + n * grad_stride;
+  const bool wide = lead_of<T, V>(grad) == lead;
+#pragma unroll 1
+  for (i64 k = 0; k < turns; ++k) {
+    const i64 j = lane + k * lanes, c = j * V - lead;
+    Pack<T, V> pack = first_of<V>(kept);
+    if (LANES || k < KEEP) turn(kept, pack);
+    if (j < packs) {
+      if (!LANES && k >= KEEP) pack = stage[j - KEEP * lanes];
+      store_pack(grad, c, C, wide, gradient<T, DENSE, V>(p, row, n, c, pack));
+    }
+  }
+}
+
+// Stage one of a row by gridDim.x / N blocks: block (n, s) sums the packs [s·packs_each, (s + 1)·packs_each) of row n.
+template <typename T, bool DENSE, int V>
+__global__ void __launch_bounds__(256, 4)
+    ce_partial(PROBLEM_PARAMETERS(T), i64 splits, i64 packs_each, Acc<T>* sums_ns, i64* at_ns, int stats) {
+  typedef Acc<T> A;
+  DYNAMIC_SHARED(shared);
+  const Problem<T> p = PROBLEM(T);
+  const Wanted want = wanted<DENSE>(p, stats ? &p : nullptr);
+  const i64 n = blockIdx.x / splits, s = blockIdx.x % splits;
+  const T* logits = logits_nc + n * stride;
+  const int lead = lead_of<T, V>(logits);
+  const i64 packs = (C + lead + V - 1) / V, last = min_of((s + 1) * packs_each, packs);
+  Sums<A> sums = nothing<A>();
+  for (i64 j = s * packs_each + threadIdx.x; j < last; j += blockDim.x) {
+    const i64 c = j * V - lead;
+    absorb<T, DENSE, V>(sums, p, want, n, c, load_pack<T, V>(logits, c, C, narrow<T>((A)0)));
+  }
+  sums = combine_block(sums, want, reinterpret_cast<Sums<A>*>(shared));
+  if (threadIdx.x == 0) {
+    A* to = sums_ns + (n * splits + s) * SUMS;
+    store(to + 0, sums.max);
+    store(to + 1, sums.exp);
+    store(to + 2, sums.dot);
+    store(to + 3, sums.mass);
+    store(to + 4, sums.entropy);
+    store(to + 5, sums.q_dot);
+    store(to + 6, sums.q_mass);
+    store(at_ns + n * splits + s, sums.at);
+  }
+}
+
+// Stage two: a warp per row combines its sums, lane by lane in the order of s, then the lanes.
+template <typename T, bool DENSE>
+__global__ void __launch_bounds__(128)
+    ce_combine(PROBLEM_PARAMETERS(T), ROWS_PARAMETERS(Acc<T>), i64 splits, const Acc<T>* sums_ns, const i64* at_ns) {
+  typedef Acc<T> A;
+  const Problem<T> p = PROBLEM(T);
+  const Wanted want = wanted<DENSE>(p, entropy_n);
+  const int lane = threadIdx.x % 32;
+  const i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  Sums<A> sums = nothing<A>();
+  if (n < N) {
+    for (i64 s = lane; s < splits; s += 32) {
+      const A* from = sums_ns + (n * splits + s) * SUMS;
+      sums = combine(sums, Sums<A>{load(from + 0), load(from + 1), load(from + 2), load(from + 3), load(from + 4),
+                                   load(from + 5), load(from + 6), load(at_ns + n * splits + s)});
+    }
+  }
+  sums = combine_lanes<32>(sums, want);
+  if (lane == 0 && n < N) finish<T, DENSE>(p, ROWS(A), want, n, sums);
+}
+
+// Gradients from M, S and A. A block is blockDim.x / lanes rows of `lanes` threads, a power of two; a thread writes up to
+// `each` packs, `lanes` apart; block b of a group of rows is its tile b % tiles.
+template <typename T, bool DENSE, int V>
+__global__ void __launch_bounds__(256, 4)
+    ce_backward(PROBLEM_PARAMETERS(T), const Acc<T>* row_max_n, const Acc<T>* log_sum_n, const Acc<T>* mass_n,
+                const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc, i64 grad_stride, int lanes, int each,
+                i64 tiles) {
+  typedef Acc<T> A;
+  DYNAMIC_SHARED(shared);
+  Row<A>* const rows = reinterpret_cast<Row<A>*>(shared);  // one per row of the block
+  const Problem<T> p = PROBLEM(T);
+  const int per_block = blockDim.x / lanes, r = threadIdx.x / lanes, lane = threadIdx.x % lanes;
+  const i64 first = blockIdx.x / tiles * per_block, tile = blockIdx.x % tiles;
+  if ((int)threadIdx.x < per_block && first + threadIdx.x < N) {
+    const i64 n = first + threadIdx.x;
+    A m;
+    i64 id;
+    Row<A> row = open_row<T, DENSE>(p, n, m, id);
+    row.max = load(row_max_n + n);
+    row.log_sum = load(log_sum_n + n);
+    row.pull = pull_of(load(mass_n + n), p.z_loss, m, row.max, row.log_sum);
+    row.scale = load(row_scale_n + n * scale_stride);
+    rows[threadIdx.x] = row;
+  }
+  __syncthreads();  // a row's threads read what one thread wrote
+  const i64 n = first + r;
+  if (n >= N) return;
+  const Row<A> row = rows[r];
+  const T* logits = logits_nc + n * stride;
+  T* grad = grad_nc + n * grad_stride;
+  const int lead = lead_of<T, V>(logits);
+  const bool wide = lead_of<T, V>(grad) == lead;
+  const i64 packs = (C + lead + V - 1) / V;
+  for (int k = 0; k < each; ++k) {
+    const i64 j = (tile * each + k) * lanes + lane, c = j * V - lead;
+    if (j >= packs) return;
+    Pack<T, V> pack{};  // a row that does not count is not read
+    if (row.counts) pack = load_pack<T, V>(logits, c, C, narrow<T>((A)0));
+    store_pack(grad, c, C, wide, gradient<T, DENSE, V>(p, row, n, c, pack));
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ class ids
+
+// Lane 0 of a warp gets the sum of the counts and the first of the bad rows.
+__device__ __forceinline__ void combine_ids(double& count, i64& bad) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    count += __shfl_down_sync(ALL_LANES, count, step, 32);
+    bad = min_of(bad, __shfl_down_sync(ALL_LANES, bad, step, 32));
+  }
+}
+
+// Stage one of checking class ids: brings them to the form of swl/targets.py, gathers the row weights m, and leaves for
+// each block Σ m and its first row out of range (N where there is none).
+template <typename I, typename A>
+__global__ void __launch_bounds__(256)
+    prepare_ids(const I* ids_in, i64 ids_stride, i64 N, i64 n_classes, i64 ignore_index, const A* weight_c, i64* ids_n,
+                A* row_weight_n, double* count_b, i64* bad_b) {
+  DYNAMIC_SHARED(shared);
+  double* const counts = reinterpret_cast<double*>(shared);  // one per warp
+  i64* const bads = reinterpret_cast<i64*>(counts + blockDim.x / 32);
+  double count = 0;
+  i64 bad = N;
+  for (i64 n = (i64)blockIdx.x * blockDim.x + threadIdx.x; n < N; n += (i64)gridDim.x * blockDim.x) {
+    i64 id = load(ids_in + n * ids_stride);
+    if (id == ignore_index) {
+      id = -1;
+    } else if (id < 0 || id >= n_classes) {
+      id = INVALID;
+      bad = min_of(bad, n);
+    }
+    const A m = id < 0 ? (A)0 : weight_c ? load_shared_by_rows(weight_c + id) : (A)1;
+    store(ids_n + n, id);
+    if (weight_c) store(row_weight_n + n, m);
+    count += m;
+  }
+  combine_ids(count, bad);
+  if (threadIdx.x % 32 == 0) {
+    counts[threadIdx.x / 32] = count;
+    bads[threadIdx.x / 32] = bad;
+  }
+  __syncthreads();  // thread 0 reads what each warp wrote
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < (int)blockDim.x / 32; ++warp) {
+    count += counts[warp];
+    bad = min_of(bad, bads[warp]);
+  }
+  store(count_b + blockIdx.x, count);
+  store(bad_b + blockIdx.x, bad);
+}
+
+// Stage two, one warp: Σ m in a fixed order, and the first bad row of all. error_5 = {set, row, id, n_classes,
+// ignore_index} keeps the first error until the host has read it; the integer atomic lets one of several streams have it.
+template <typename I>
+__global__ void __launch_bounds__(32)
+    finish_ids(const I* ids_in, i64 ids_stride, i64 N, i64 n_classes, i64 ignore_index, i64 blocks,
+               const double* count_b, const i64* bad_b, double* count, unsigned long long* error_5) {
+  double total = 0;
+  i64 bad = N;
+  for (i64 b = threadIdx.x; b < blocks; b += 32) {
+    total += load(count_b + b);
+    bad = min_of(bad, load(bad_b + b));
+  }
+  combine_ids(total, bad);
+  if (threadIdx.x != 0) return;
+  store(count, total);
+  if (bad < N && atomicCAS(error_5, 0ull, 1ull) == 0ull) {
+    store(error_5 + 1, (unsigned long long)bad);
+    store(error_5 + 2, (unsigned long long)(i64)load(ids_in + bad * ids_stride));
+    store(error_5 + 3, (unsigned long long)n_classes);
+    store(error_5 + 4, (unsigned long long)ignore_index);
+  }
+}
