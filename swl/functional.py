@@ -378,11 +378,14 @@ class Pass(NamedTuple):
     def probabilities(self) -> Any:
         """Compute softmax(z), shape (..., C), of the arithmetic's dtype."""
         p, xp, rows = self.problem, self.problem.backend.xp, self.rows
+        if p.target.ids is not None:  # a forward sweep without statistics may pass over ignored rows
+            rows = p.backend.cross_entropy_forward(self.logits_nc, p.target, True)
         z = self.logits_nc.astype(p.acc)
         if p.target.softcap:
             z = p.target.softcap * xp.tanh(z / p.target.softcap)
-        z -= rows.row_max[:, None]
-        z -= rows.log_sum[:, None]
+        with np.errstate(invalid="ignore"):  # a row of −inf is NaN, as everywhere
+            z -= rows.row_max[:, None]
+            z -= rows.log_sum[:, None]
         return xp.exp(z, out=z).reshape(self.logits.shape)
 
 

@@ -288,7 +288,8 @@ class ReLU(Layer):
     def _run(self, x: Any) -> tuple[Any, Any]:
         backend = resolve(None, {"x": x})
         x = functional.float_array(backend, "x", x)
-        return backend.xp.maximum(x, x.dtype.type(0)), (backend, x.dtype, x <= 0)
+        with np.errstate(invalid="ignore"):  # NumPy's bfloat16 warns of NaN
+            return backend.xp.maximum(x, x.dtype.type(0)), (backend, x.dtype, x <= 0)
 
     def backward(self, dout: Any) -> Any:
         """Compute ``dx = dout·[x > 0]`` in a new array, exactly 0 where ``x <= 0`` whatever `dout` is there."""

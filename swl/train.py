@@ -140,7 +140,7 @@ def _scaling(x: Any, how: str) -> tuple[Any, Any]:
 
 
 def _absorb(net: swl.Sequential, shift: Any, scale: Any) -> None:
-    """Let the first layer take inputs as they come: ``((x − shift)/scale)·W + b = x·(W/scale) + (b − shift·(W/scale))``."""
+    """Let the first layer take raw inputs: ``((x − shift)/scale)·W + b = x·(W/scale) + (b − shift·(W/scale))``."""
     state = net.state_dict()
     state["0.W"] = state["0.W"] / scale[:, None]
     state["0.b"] = state["0.b"] - shift @ state["0.W"]
@@ -158,7 +158,7 @@ def plot(path: Path, result: Result, title: str) -> None:
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(result.history) + 1)
     left.plot(epochs, [epoch.loss for epoch in result.history])
-    left.set(xlabel="epoch", ylabel="training loss (nats, label smoothing included)", yscale="log")
+    left.set(xlabel="epoch", ylabel="training loss, smoothed (nats)")
     right.plot(epochs, [epoch.validation for epoch in result.history], label="validation")
     label = f"test, in the end: {result.test_accuracy:.4f}"
     right.axhline(result.test_accuracy, color="gray", linestyle="--", label=label)
