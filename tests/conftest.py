@@ -17,6 +17,7 @@ import pytest
 import swl
 from swl.backends import _REGISTRY, Backend, get
 
+registry = importlib.import_module("swl.backends")  # `swl.backends` is the function of that name
 HERE = Path(__file__).parent
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
@@ -77,7 +78,7 @@ class On:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[On]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[On]:
     """Every backend of the registry in turn, active for the length of the test."""
     name = request.param
     if name == "cupy-emulated" and NO_EMULATOR:
@@ -88,6 +89,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[On]:
         if request.config.getoption("require_gpu"):
             pytest.fail(f"--require-gpu: {error}", pytrace=False)
         pytest.skip(f"{NO_GPU} {error}" if name == "cupy" else str(error))
+    if not here.is_host:
+        monkeypatch.setattr(registry, "_DEVICE", name)  # where device arrays belong: to the real GPU or to the emulated
     with swl.use_backend(name):
         yield here
 

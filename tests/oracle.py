@@ -133,7 +133,7 @@ def _first_largest(row: Any) -> int:
 class AffineAnswer(NamedTuple):
     y: Any
     dx: Any
-    dW: Any
+    dW: Any  # noqa: N815 - the field's own name
     db: Any
 
 
@@ -143,9 +143,7 @@ def affine(x: Any, W: Any, b: Any, dout: Any) -> AffineAnswer:
     y = np.einsum("nd,dk->nk", x, W)
     if b is not None:
         y = y + np.asarray(b).astype(np.float64)
-    return AffineAnswer(
-        y, np.einsum("nk,dk->nd", dout, W), np.einsum("nd,nk->dk", x, dout), np.einsum("nk->k", dout)
-    )
+    return AffineAnswer(y, np.einsum("nk,dk->nd", dout, W), np.einsum("nd,nk->dk", x, dout), np.einsum("nk->k", dout))
 
 
 def affine_scale(x: Any, W: Any, b: Any, dout: Any) -> AffineAnswer:
@@ -156,7 +154,9 @@ def affine_scale(x: Any, W: Any, b: Any, dout: Any) -> AffineAnswer:
 # ------------------------------------------------------------------------------------------------ comparison
 
 
-def assert_close(name: str, got: Any, want: Any, scale: Any, acc: Any, stored: Any = None, roundings: float = 32) -> None:
+def assert_close(
+    name: str, got: Any, want: Any, scale: Any, acc: Any, stored: Any = None, roundings: float = 32
+) -> None:
     """Hold `got` to ``roundings`` roundings of `acc` on `scale`, and one rounding to the dtype `stored`.
 
     Infinities must be equal, and a NaN agrees with a NaN only.
@@ -186,6 +186,8 @@ def _eps(dtype: Any) -> float:
 def _tiny(dtype: Any) -> float:
     """Twice the spacing of the subnormal numbers; for float32 and float64 what kernels may flush to 0."""
     dtype = np.dtype(dtype)
-    return 2.0**-132 if dtype.name == "bfloat16" else 2 * float(
-        np.finfo(dtype).smallest_subnormal if dtype.itemsize == 2 else np.finfo(dtype).tiny
+    return (
+        2.0**-132
+        if dtype.name == "bfloat16"
+        else 2 * float(np.finfo(dtype).smallest_subnormal if dtype.itemsize == 2 else np.finfo(dtype).tiny)
     )

@@ -74,7 +74,7 @@ def call(backend: Any, **changes: Any) -> Any:
 def test_the_error_names_argument_what_came_and_what_is_legal(
     backend: Any, changes: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    with pytest.raises(error, match=f"(?s){words}"):
+    with pytest.raises(error, match=rf"(?s){words}"):
         call(backend, **changes)
 
 
@@ -180,8 +180,10 @@ def test_out_of_overlapping_elements(backend: Any) -> None:
 
 
 def test_out_of_another_kind(backend: Any) -> None:
-    with pytest.raises(TypeError, match="out.*list"):
-        swl.cross_entropy_value_and_grad(backend.array(GOOD["logits"]), backend.array(GOOD["target"]), out=[[0.0] * 4] * 3)
+    with pytest.raises(TypeError, match=r"out.*list"):
+        swl.cross_entropy_value_and_grad(
+            backend.array(GOOD["logits"]), backend.array(GOOD["target"]), out=[[0.0] * 4] * 3
+        )
 
 
 def test_out_that_is_read_only(backend: Any) -> None:

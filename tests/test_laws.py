@@ -46,7 +46,9 @@ def test_equal_logits_of_any_size_give_exactly_log_c(backend: Any, dtype: Any, C
         same_bits("loss", losses[0], other)
 
 
-@given(case=cases(dtypes=[np.dtype(np.float32), np.dtype(np.float64)]), shift=st.sampled_from([1024.0, -4096.0, 65536.0]))
+@given(
+    case=cases(dtypes=[np.dtype(np.float32), np.dtype(np.float64)]), shift=st.sampled_from([1024.0, -4096.0, 65536.0])
+)
 def test_shift_invariance_is_bitwise_where_the_shift_is_exact(backend: Any, case: Case, shift: float) -> None:
     for option in ("softcap", "z_loss"):
         case.options.pop(option, None)
@@ -78,7 +80,7 @@ def test_gradients_of_a_row_sum_to_zero(backend: Any, case: Case) -> None:
 def test_permuting_classes_permutes_gradients(backend: Any, case: Case, data: Any) -> None:
     C = case.logits.shape[-1]
     order = np.random.default_rng(data.draw(st.integers(0, 99))).permutation(C)
-    other = Case(case.logits[..., order], case.target, case.layout, case.target_layout, dict(case.options), case.dout)
+    other = Case(case.logits[..., order], case.target, case.layout, dict(case.options), case.dout)
     if "weight" in other.options:
         other.options["weight"] = other.options["weight"][order]
     if case.target.shape == case.logits.shape:
@@ -226,7 +228,7 @@ def test_minus_inf_on_another_class_is_a_mask(backend: Any, dtype: Any) -> None:
         kept[:4] = True
         masked = np.where(kept, z, -np.inf).astype(dtype)
         loss, grad = loss_and_grad(backend, masked, t, reduction="none")
-        few = Case(np.ascontiguousarray(z[:, kept]), t, CONTIGUOUS, CONTIGUOUS, {"reduction": "none"})
+        few = Case(np.ascontiguousarray(z[:, kept]), t, CONTIGUOUS, {"reduction": "none"})
         want = few.answer()
         assert_close("loss", loss, want.loss, want.loss_scale, few.acc)
         assert_close("grad", grad[:, kept], want.grad, want.grad_scale, few.acc, dtype)
@@ -244,7 +246,7 @@ def test_a_masked_class_without_target_mass_with_every_option(backend: Any, dtyp
         t = rng.random((3, 9))
         t[:, 4:7] = 0
     options = {"weight": rng.random(9).astype(np.float32), "z_loss": 0.1, "reduction": "none"}
-    case = Case(z, t, CONTIGUOUS, CONTIGUOUS, options)
+    case = Case(z, t, CONTIGUOUS, options)
     logits, target, options, _ = case.on(backend)
     loss, grad, stats = swl.cross_entropy_value_and_grad(logits, target, stats=True, **options)
     check(backend, case, loss, grad, stats)
@@ -295,7 +297,7 @@ def test_a_bad_row_is_nan_and_no_other(backend: Any, dtype: Any, C: int, kind: s
 @each_dtype
 def test_a_softcap_makes_infinite_logits_finite(backend: Any, dtype: Any) -> None:
     z = np.array([[np.inf, -np.inf, 0.5], [-np.inf, -np.inf, -np.inf]]).astype(dtype)
-    case = Case(z, np.array([2, 0]), CONTIGUOUS, CONTIGUOUS, {"softcap": 4.0, "reduction": "none"})
+    case = Case(z, np.array([2, 0]), CONTIGUOUS, {"softcap": 4.0, "reduction": "none"})
     logits, target, options, _ = case.on(backend)
     loss, grad = swl.cross_entropy_value_and_grad(logits, target, **options)
     check(backend, case, loss, grad)
@@ -330,7 +332,9 @@ def test_an_ignored_row_counts_for_nothing_whatever_its_logits(backend: Any, dty
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("options", [{}, {"weight": True}, {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"weight": True}, {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}], ids=str
+)
 @each_dtype
 def test_all_rows_ignored_gives_zero(backend: Any, dtype: Any, options: Any, reduction: str) -> None:
     z = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(dtype)
@@ -355,7 +359,9 @@ def test_no_rows_give_zero(backend: Any, dtype: Any, kind: str, shape: tuple[int
         assert loss.shape == ()
         assert loss == 0
         assert grad.shape == shape
-    loss, stats = swl.cross_entropy(backend.array(np.zeros(shape, dtype)), backend.array(target), reduction="none", stats=True)
+    loss, stats = swl.cross_entropy(
+        backend.array(np.zeros(shape, dtype)), backend.array(target), reduction="none", stats=True
+    )
     assert backend.numpy(loss).shape == shape[:-1]
     assert all(backend.numpy(x).shape == shape[:-1] for x in stats)
 
@@ -377,7 +383,7 @@ def test_16_bit_logits_of_any_size_see_one_rounding(backend: Any, dtype: Any, si
     rng = np.random.default_rng(size)
     z = rng.uniform(-size, size, (16, 252)).astype(dtype)
     z[:, 7] = z.max(axis=1)  # a tie, so that p is not a one-hot
-    case = Case(z, rng.integers(0, 252, 16), CONTIGUOUS, CONTIGUOUS, {"reduction": "none"}, rng.standard_normal(16).astype("f"))
+    case = Case(z, rng.integers(0, 252, 16), CONTIGUOUS, {"reduction": "none"}, rng.standard_normal(16).astype("f"))
     logits, target, options, dout = case.on(backend)
     loss, grad = swl.cross_entropy_value_and_grad(logits, target, dout=dout, **options)
     check(backend, case, loss, grad)
@@ -390,7 +396,7 @@ def test_the_mean_over_very_many_16_bit_rows(backend: Any, dtype: Any) -> None:
     """1/N in float16 is subnormal from N = 16384 on and 0 soon after; a loss scale makes up for it in float32."""
     N = 70_000
     rng = np.random.default_rng(0)
-    case = Case(rng.standard_normal((N, 3)).astype(dtype), rng.integers(0, 3, N), CONTIGUOUS, CONTIGUOUS, dout=float(N))
+    case = Case(rng.standard_normal((N, 3)).astype(dtype), rng.integers(0, 3, N), dout=float(N))
     logits, target, options, dout = case.on(backend)
     loss, grad = swl.cross_entropy_value_and_grad(logits, target, dout=dout, **options)
     check(backend, case, loss, grad)
@@ -406,7 +412,7 @@ def test_stride_0_logits_and_targets(backend: Any, dtype: Any, kind: str, axis: 
     rng = np.random.default_rng(0)
     z = rng.standard_normal((6, 45)).astype(dtype)
     t: Any = np.full(6, 3) if kind == "ids" else rng.random((6, 45)).astype(np.float32)
-    case = Case(np.repeat(z.take([0], axis), z.shape[axis], axis), t, CONTIGUOUS, CONTIGUOUS, {"reduction": "none"})
+    case = Case(np.repeat(z.take([0], axis), z.shape[axis], axis), t, CONTIGUOUS, {"reduction": "none"})
     logits = repeat_first(backend, z, axis)
     assert 0 in logits.strides
     target = repeat_first(backend, t, 0)
