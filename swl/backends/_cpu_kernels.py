@@ -5,12 +5,12 @@ instructions on each row and agree to the last bit. A row comes from memory once
 maximum taken and their exponentials summed while the block is still in L1; the gradient finds the row in L2.
 
 Optional arrays that are absent come with size 0. Options are looked at once per vector, where the branch is always
-predicted, so that they combine freely and cost no copies of the code.
+predicted, so that they combine freely; rows without any run the same source compiled without them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -29,6 +29,9 @@ from swl.backends._simd import (
     load_tail,
     max_lanes,
     maximum,
+    prefetch_read,
+    prefetch_write,
+    row_of,
     scalar,
     set_lane,
     splat,
@@ -36,6 +39,7 @@ from swl.backends._simd import (
     store_tail,
     sum_lanes,
     tanh,
+    whole,
     zero_where_zero,
 )
 from swl.targets import IGNORED
@@ -50,41 +54,71 @@ _kernel: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
 _inner: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
 
 
+class _Extras(NamedTuple):
+    """The options that make a row more than its logits and one class id. Where there are none, the inner functions get None
+    instead and are compiled without all of it.
+    """
+
+    dense: bool  # y has mass everywhere: probabilities or smoothing
+    probs: Any  # q, this row's; size 0: class ids
+    weight: Any
+    bias: Any
+    hot: Any
+    rest: Any
+    softcap: Any
+
+
 @njit(**_inner)
-def _at(row: Any, j: int, stop: int, fill: Any) -> Any:
-    """Load the lanes ``row[j : stop]``, with `fill` in those past `stop`."""
-    if j + lanes(fill) <= stop:
+def _at(row: Any, j: int, stop: Any, fill: Any) -> Any:
+    """Load a vector from j on: whole where `stop` is None, else with `fill` in the lanes past `stop`."""
+    if stop is None:
         return load(row, j, fill)
     return load_tail(row, j, stop - j, fill)
 
 
 @njit(**_inner)
-def _logits(row: Any, bias: Any, kappa: Any, j: int, stop: int) -> Any:
-    """z = κ·tanh((r + bias)/κ), or r + bias without a softcap; −inf past the end."""
-    zero = kappa - kappa
-    z = _at(row, j, stop, scalar(zero, -np.inf))
-    if bias.size:
-        z = z + _at(bias, j, stop, zero)
-    if kappa > 0:
-        k = splat(kappa)
-        z = k * tanh(z / k)
-        if j + lanes(kappa) > stop:
-            z = keep(z, stop - j, scalar(zero, -np.inf))
+def _logits(row: Any, extras: Any, j: int, stop: Any, low: Any) -> Any:
+    """z = κ·tanh((r + bias)/κ), or r + bias without a softcap; `low` = −inf past the end."""
+    z = _at(row, j, stop, low)
+    if extras is not None:
+        if extras.bias.size:
+            z = z + _at(extras.bias, j, stop, scalar(low, 0))
+        if extras.softcap > 0:
+            k = splat(extras.softcap)
+            z = k * tanh(z / k)
+            if stop is not None:
+                z = keep(z, stop - j, low)
     return z
 
 
 @njit(**_inner)
-def _dense(probs: Any, weight: Any, hot: Any, rest: Any, j: int, stop: int) -> Any:
+def _dense(extras: Any, j: int, stop: Any) -> Any:
     """The part of y that any class may have: w·((1−ε)·q + ε/C), q = 0 for class ids; 0 past the end."""
-    zero = hot - hot
-    y = splat(rest)
-    if probs.size:
-        y = fma(splat(hot), _at(probs, j, stop, zero), y)
-    if weight.size:
-        y = y * _at(weight, j, stop, zero)
-    if j + lanes(hot) > stop:
+    zero = scalar(extras.rest, 0)
+    y = splat(extras.rest)
+    if extras.probs.size:
+        y = fma(splat(extras.hot), _at(extras.probs, j, stop, zero), y)
+    if extras.weight.size:
+        y = y * _at(extras.weight, j, stop, zero)
+    if stop is not None:
         y = keep(y, stop - j, zero)
     return y
+
+
+@njit(**_inner)
+def _add_up(row: Any, extras: Any, j: int, stop: Any, low: Any, base: Any, exps: Any, sums: Any) -> Any:
+    """Add a vector to Σ exp u (in units of `exp_unit`), Σ y·u and Σ y; leave exp u in `exps` if that is not None."""
+    total, dots, masses = sums
+    u = _logits(row, extras, j, stop, low) - base
+    e = exp_scaled(u)
+    if exps is not None:
+        store(exps, j, e)  # past the end too: it has room for whole vectors
+    total = total + e
+    if extras is not None and extras.dense:
+        y = _dense(extras, j, stop)
+        dots = dots + zero_where_zero(y, y * u)
+        masses = masses + y
+    return total, dots, masses
 
 
 @njit(**_inner)
@@ -93,42 +127,42 @@ def _exp(x: Any) -> Any:
 
 
 @njit(**_inner)
-def _forward(row: Any, probs: Any, weight: Any, bias: Any, hot: Any, rest: Any, kappa: Any, dense: bool) -> Any:
-    """M, S and the dense part's d and A; a block at a time, all relative to the maximum so far."""
-    zero = hot - hot
-    low = scalar(zero, -np.inf)
-    unit = exp_unit(hot)
-    step = lanes(hot)
-    C = row.size
+def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any, out: Any) -> Any:
+    """M, S and the dense part's d and A; a block at a time, all relative to the maximum so far.
+
+    Unless they are None, `exps` gets exp(z − base) of each class, in units of `exp_unit`, and `bases` each block's base.
+    """
+    zero = scalar(low, 0)
+    step = lanes(low)
     M, s, d, A = low, zero, zero, zero
-    for start in range(0, C, BLOCK):
-        stop = min(start + BLOCK, C)
+    for start in range(0, row.size, BLOCK):
+        stop = min(start + BLOCK, row.size)
+        full = stop - (stop - start) % step
         top = splat(low)
-        for j in range(start, stop, step):
-            top = maximum(top, _logits(row, bias, kappa, j, stop))
-        new = max(M, max_lanes(top))
+        for j in range(start, full, step):
+            top = maximum(top, _logits(row, extras, j, None, low))
+        if full < stop:
+            top = maximum(top, _logits(row, extras, full, stop, low))
+        new = max_lanes(top)
         if new > M:
             if M > low:
                 s *= _exp(M - new)
                 d += A * (M - new)
             M = new
-        base = splat(M if M > low else zero)  # a block of −inf only adds exp(−inf) = 0
-        sums = splat(zero)
-        if not dense:
-            for j in range(start, stop, step):
-                sums = sums + exp_scaled(_logits(row, bias, kappa, j, stop) - base)
-        else:
-            dots = splat(zero)
-            masses = splat(zero)
-            for j in range(start, stop, step):
-                u = _logits(row, bias, kappa, j, stop) - base
-                sums = sums + exp_scaled(u)
-                y = _dense(probs, weight, hot, rest, j, stop)
-                dots = dots + zero_where_zero(y, y * u)
-                masses = masses + y
-            d += sum_lanes(dots)
-            A += sum_lanes(masses)
-        s += sum_lanes(sums) * unit
+        base = M if M > low else zero  # a block of −inf only adds exp(−inf) = 0
+        if exps is not None:
+            bases[start // BLOCK] = base
+        sums = splat(zero), splat(zero), splat(zero)
+        for j in range(start, full, step):
+            prefetch_read(row, j + BLOCK, low)
+            if exps is not None:
+                prefetch_write(out, j, low)
+            sums = _add_up(row, extras, j, None, low, splat(base), exps, sums)
+        if full < stop:
+            sums = _add_up(row, extras, full, stop, low, splat(base), exps, sums)
+        s += sum_lanes(sums[0]) * exp_unit(low)
+        d += sum_lanes(sums[1])
+        A += sum_lanes(sums[2])
     if M == low:
         s = scalar(zero, np.nan)  # nothing but −inf, or NaN
     if s != s and M < np.inf:
@@ -137,51 +171,67 @@ def _forward(row: Any, probs: Any, weight: Any, bias: Any, hot: Any, rest: Any, 
 
 
 @njit(**_inner)
-def _backward(
-    row: Any, out: Any, probs: Any, weight: Any, bias: Any, hot: Any, rest: Any, kappa: Any, dense: bool,
-    M: Any, S: Any, pull: Any, scale: Any, hit: int, y_hit: Any,
-) -> None:  # fmt: skip
-    """∂L/∂r = (pull·p − y)·scale·(1 − (z/κ)²), p = exp(z − M − S)."""
-    zero = hot - hot
-    step = lanes(hot)
-    C = row.size
-    m, s, c = splat(M), splat(S), splat(scale)
-    coefficient = splat(pull * exp_unit(hot))
-    minus = splat(scalar(zero, -1))
-    for j in range(0, C, step):
-        z = _logits(row, bias, kappa, j, C)
-        y = splat(zero)
-        if dense:
-            y = _dense(probs, weight, hot, rest, j, C)
-        if 0 <= hit - j < step:
-            y = y + set_lane(splat(zero), hit - j, y_hit)
-        g = fma(coefficient, exp_scaled(z - m - s), y * minus) * c
-        if kappa > 0:
-            t = z / splat(kappa)
-            g = g * fma(t * minus, t, splat(scalar(zero, 1)))
-        if j + step <= C:
-            store(out, j, g)
-        else:
-            store_tail(out, j, C - j, g)
+def _gradient(row: Any, extras: Any, j: int, stop: Any, low: Any, exps: Any, pull: Any, scale: Any, hot: Any) -> Any:
+    """∂L/∂r = (pull·exp − y)·scale·(1 − (z/κ)²); `hot` is the target class's part of −y."""
+    minus_y = hot
+    if extras is not None and extras.dense:
+        minus_y = minus_y - _dense(extras, j, stop)
+    g = fma(pull, load(exps, j, low), minus_y) * scale
+    if extras is not None and extras.softcap > 0:
+        t = _logits(row, extras, j, stop, low) / splat(extras.softcap)
+        g = g * (splat(scalar(low, 1)) - t * t)
+    return g
 
 
 @njit(**_inner)
-def _statistics(row: Any, probs: Any, bias: Any, kappa: Any, M: Any, S: Any) -> Any:
+def _backward(
+    row: Any, out: Any, extras: Any, low: Any, exps: Any, bases: Any, M: Any, S: Any, pull: Any, scale: Any,
+    hit: int, y_hit: Any,
+) -> None:  # fmt: skip
+    """Write the gradient of a row from what `_forward` left; `out` may be `row` itself.
+
+    p = exp(z − M − S) = exp(z − base)·exp(base − M − S), the second factor one number per block.
+    """
+    step = lanes(low)
+    C = row.size
+    c, zero = splat(scale), splat(scalar(low, 0))
+    at = hit - hit % step  # the vector of the target class
+    end = min(at + step, C)
+    g_hit = zero
+    if hit >= 0:  # before the row is written over
+        k = splat(pull * exp_unit(low) * _exp(bases[at // BLOCK] - M - S))
+        g_hit = _gradient(row, extras, at, end, low, exps, k, c, set_lane(zero, hit - at, -y_hit))
+    for start in range(0, C, BLOCK):
+        stop = min(start + BLOCK, C)
+        full = stop - (stop - start) % step
+        k = splat(pull * exp_unit(low) * _exp(bases[start // BLOCK] - M - S))
+        for j in range(start, full, step):
+            store(out, j, _gradient(row, extras, j, None, low, exps, k, c, zero))
+        if full < stop:
+            g = _gradient(row, extras, full, stop, low, exps, k, c, zero)
+            store_tail(out, full, stop - full, g)
+    if hit >= 0:
+        store_tail(out, at, end - at, g_hit)
+
+
+@njit(**_inner)
+def _statistics(row: Any, extras: Any, low: Any, M: Any, S: Any) -> Any:
     """Σ p·u, Σ q·u, Σ q and argmax."""
-    zero = kappa - kappa
-    step = lanes(kappa)
+    zero = scalar(low, 0)
+    step = lanes(low)
     C = row.size
     m, s = splat(M), splat(S)
     expected, dots, masses = splat(zero), splat(zero), splat(zero)
     best = C
     nan = C
     for j in range(0, C, step):
-        z = _logits(row, bias, kappa, j, C)
+        stop = min(j + step, C)
+        z = _logits(row, extras, j, stop, low)
         u = z - m
         p = exp_nonpositive(u - s)
         expected = expected + zero_where_zero(p, p * u)
-        if probs.size:
-            q = _at(probs, j, C, zero)
+        if extras.probs.size:
+            q = _at(extras.probs, j, stop, zero)
             dots = dots + zero_where_zero(q, q * u)
             masses = masses + q
         if best == C and first_equal(z, m) < step:
@@ -191,23 +241,26 @@ def _statistics(row: Any, probs: Any, bias: Any, kappa: Any, M: Any, S: Any) -> 
     return sum_lanes(expected), sum_lanes(dots), sum_lanes(masses), nan if nan < C else best if best < C else 0
 
 
-@njit(**_kernel)
-def sweep(
+@njit(**_inner)
+def _sweep(
     logits: Any, out: Any, begin: int, end: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
     row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
-    first_class: int, flags: int,
+    first_class: int, flags: int, exps: Any, bases: Any,
 ) -> None:  # fmt: skip
-    """Run the operations that `flags` names over the rows ``[begin, end)``."""
+    """Do what `sweep` does, with room for one row's exponentials and its blocks' bases."""
     C = logits.shape[1]
     of_ids = ids.size > 0
     zero = rows.dtype.type(0.0)
-    one = scalar(zero, 1)
-    hot_, rest_, kappa, lam = scalar(zero, hot), scalar(zero, rest), scalar(zero, softcap), scalar(zero, z_loss)
+    one, low, lam = scalar(zero, 1), scalar(zero, -np.inf), scalar(zero, z_loss)
     dense = not of_ids or rest > 0
+    plain = not dense and softcap == 0 and bias.size == 0
     scale_step = 1 if row_scale.size > 1 else 0
+    w, b = whole(weight), whole(bias)
+    e = whole(exps)
     for n in range(begin, end):
-        row = logits[n]
-        q = probs[0 if of_ids else n]
+        row = row_of(logits, n)
+        q = row_of(probs, 0 if of_ids else n)
+        extras = _Extras(dense, q, w, b, scalar(zero, hot), scalar(zero, rest), scalar(zero, softcap))
         hit = -1  # the column of the target class, where it is one of ours
         m = one
         counts = True
@@ -217,23 +270,28 @@ def sweep(
                 hit = ids[n] - first_class
             if row_weight.size:
                 m = row_weight[n]
+        y_hit = scalar(zero, hot) * m
         if not counts:
             if flags & BACKWARD:
                 out[n, :] = 0
             if flags & FORWARD:
                 rows[LOSS : MASS + 1, n] = 0
-            if not flags & STATS:
-                continue
-        y_hit = hot_ * m
 
+        if not (counts or flags & STATS):
+            continue
+
+        if not flags & BACKWARD:
+            M, S, d, A = _forward(row, None, low, None, None, None) if plain else _forward(row, extras, low, None, None, None)
+        else:
+            M, S, d, A = _forward(row, None, low, e, bases, row_of(out, n)) if plain else _forward(row, extras, low, e, bases, row_of(out, n))
         if flags & FORWARD:
-            M, S, d, A = _forward(row, q, weight, bias, hot_, rest_, kappa, dense)
-            if of_ids and dense and not weight.size:
-                A = scalar(zero, rest * C)  # summed here in float64: with no smoothing-free class A is exactly 1
+            if of_ids and not weight.size:
+                A = scalar(zero, rest * C + (hot if hit >= 0 else 0.0))  # exactly 1 over all classes
+            elif hit >= 0:
+                A += y_hit
             u_hit = zero
             if hit >= 0:
-                u_hit = first_lane(_logits(row, bias, kappa, hit, hit + 1)) - M
-                A = scalar(zero, rest * C + hot) if of_ids and not weight.size else A + y_hit
+                u_hit = first_lane(_logits(row, extras, hit, hit + 1, low)) - M
                 if y_hit != 0:
                     d += y_hit * u_hit
             rows[ROW_MAX, n], rows[LOG_SUM, n] = M, S
@@ -242,7 +300,7 @@ def sweep(
                 rows[TARGET_DOT, n], rows[MASS, n] = d, A
                 rows[LOSS, n] = A * S - d + (lam * m * lse * lse if lam > 0 else zero)
             if flags & STATS:
-                expected, dot, mass, best = _statistics(row, q, bias, kappa, M, S)
+                expected, dot, mass, best = _statistics(row, extras, low, M, S)
                 rows[ENTROPY, n] = S - expected
                 if of_ids:
                     dot, mass = u_hit, one if hit >= 0 else zero
@@ -252,7 +310,25 @@ def sweep(
             M, S, A = rows[ROW_MAX, n], rows[LOG_SUM, n], rows[MASS, n]
             pull = A + (scalar(zero, 2) * lam * m * (M + S) if lam > 0 else zero)
             scale = row_scale[n * scale_step]
-            _backward(row, out[n], q, weight, bias, hot_, rest_, kappa, dense, M, S, pull, scale, hit, y_hit)
+            if plain:
+                _backward(row, row_of(out, n), None, low, e, bases, M, S, pull, scale, hit, y_hit)
+            else:
+                _backward(row, row_of(out, n), extras, low, e, bases, M, S, pull, scale, hit, y_hit)
+
+
+@njit(**_kernel)
+def sweep(
+    logits: Any, out: Any, begin: int, end: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
+    row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
+    first_class: int, flags: int,
+) -> None:  # fmt: skip
+    """Run the operations that `flags` names over the rows ``[begin, end)``."""
+    room = logits.shape[1] + lanes(rows.dtype.type(0)) if flags & BACKWARD else 0
+    exps, bases = np.empty(room, rows.dtype), np.empty(1 + room // BLOCK, rows.dtype)
+    _sweep(
+        logits, out, begin, end, ids, probs, weight, row_weight, bias, row_scale, rows, argmax, hot, rest, softcap, z_loss,
+        first_class, flags, exps, bases,
+    )  # fmt: skip
 
 
 @njit(**_kernel)

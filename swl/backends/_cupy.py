@@ -94,6 +94,7 @@ def instances() -> dict[tuple[str, ...], tuple[str, ...]]:
                 f"ce_rows<{T}, {dense}, 8, 1, 4>",
                 f"ce_rows<{T}, {dense}, 32, {wide}, {_KEEP_WARP}>",
                 f"ce_rows<{T}, {dense}, 0, {wide}, {_KEEP_BLOCK}>",
+                f"ce_rows<{T}, {dense}, 0, {wide}, 0>",
                 f"ce_partial<{T}, {dense}, {wide}>",
                 f"ce_combine<{T}, {dense}>",
                 f"ce_backward<{T}, {dense}, 1>",
@@ -133,10 +134,10 @@ class Plan(NamedTuple):
     part      C ≤ 32                                                      8 lanes of a warp, registers
     warp      16-byte packs of a row ≤ 4 per lane of a warp               32 lanes, registers
     split     3·N ≤ processors, and ≥ 2 blocks of ≥ 1024 packs in a row   blocks, combined by a second kernel
-    block     all others                                                  a block of 128 to 1024 threads
+    block     all others                                                  a block of 128 to 512 threads
     ========  ==========================================================  ==================================
 
-    Both sweeps in one read each logit once where `on_chip` holds: always in part and warp; in block where 2 packs per
+    Both sweeps in one read each logit once where `on_chip` holds: always in part and warp; in block where 4 packs per
     thread in registers and the rest of the row in shared memory have room. Otherwise ``ce_backward`` follows.
     """
 
@@ -153,7 +154,7 @@ class Plan(NamedTuple):
     packs_each: int = 0
 
 
-_KEEP_WARP, _KEEP_BLOCK = 4, 2  # packs per lane that stay in registers
+_KEEP_WARP, _KEEP_BLOCK = 4, 4  # packs per lane that stay in registers
 _PART_LANES, _PART_KEEP = 8, 4
 _SPLIT_PACKS = 1024  # at least 4 per thread of ce_partial
 _ROW_BYTES = 64  # Row in cross_entropy.cu
@@ -167,15 +168,14 @@ def plan(N: int, C: int, itemsize: int, limits: Limits) -> Plan:
     packs = -(-(C + V - 1) // V)  # of the row that lies worst
     if packs <= 32 * _KEEP_WARP:
         return Plan("warp", 32, V, _KEEP_WARP, 128, -(-N // 4), 0, 0, True)
-    sums = 32 * (64 if itemsize == 8 else 40)  # Sums of each warp
+    sums = 64 if itemsize == 8 else 40  # bytes of Sums in cross_entropy.cu, one for each warp
     splits = min(-(-2 * limits.processors // N), packs // _SPLIT_PACKS) if 3 * N <= limits.processors else 1
     if splits > 1:
         each = -(-packs // splits)
-        return Plan("split", 0, V, 0, 256, N * splits, sums, 0, False, splits, each)
-    most = 512 if itemsize == 8 else 1024
-    threads = min(max(_power_of_two(-(-packs // 4)), 128), most)
+        return Plan("split", 0, V, 0, 256, N * splits, 8 * sums, 0, False, splits, each)
+    threads = min(max(_power_of_two(-(-packs // _KEEP_BLOCK)), 128), 512)
     stage = 16 * max(0, packs - _KEEP_BLOCK * threads)
-    shared = _ROW_BYTES + sums
+    shared = _ROW_BYTES + 16 * sums
     return Plan("block", 0, V, _KEEP_BLOCK, threads, N, shared, stage, shared + stage <= limits.shared)
 
 
@@ -262,7 +262,7 @@ class CupyBackend:
                         code=source(group[0]), options=OPTIONS, name_expressions=instances()[group]
                     )
                 found = self._modules[group].get_function(name)
-                if name.startswith("ce_rows") and ", 0, " in name:
+                if name.startswith("ce_rows") and name.endswith(f", {_KEEP_BLOCK}>"):
                     found.max_dynamic_shared_size_bytes = device.limits.shared
                 device.kernels[name] = found
         return found
@@ -479,7 +479,7 @@ class CupyBackend:
                 )
                 self._launch(
                     device,
-                    f"ce_rows<{c_type}, {dense}, {how.lanes}, {how.V}, {how.keep}>",
+                    f"ce_rows<{c_type}, {dense}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}>",
                     (how.blocks,),
                     (how.threads,),
                     (*head, *outputs, *gradient),

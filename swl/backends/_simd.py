@@ -26,9 +26,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import register_default
-from numba.core.datamodel.models import PrimitiveModel
+from numba.core.datamodel.models import PrimitiveModel, StructModel
 from numba.core.typing import signature
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, make_attribute_wrapper, overload
 
 BYTES = 128
 """Size of a vector. Two AVX-512 registers: 64 leaves latency exposed, 256 spills (docs/performance.md)."""
@@ -58,6 +58,62 @@ class Vector(types.Type):
 class _VectorModel(PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
         super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+class Row(types.Type):
+    """The Numba type of a one-dimensional view: pointer, stride in bytes, size.
+
+    Arrays passed to inner functions are reference-counted inside the loops; a view is not, and lives no longer than the
+    array it was taken from.
+    """
+
+    def __init__(self, dtype: Any, contiguous: bool) -> None:
+        self.dtype, self.contiguous = dtype, contiguous
+        super().__init__(name=f"Row({dtype}, {contiguous})")
+
+
+@register_default(Row)
+class _RowModel(StructModel):
+    def __init__(self, dmm: Any, fe_type: Row) -> None:
+        members = [("data", types.CPointer(fe_type.dtype)), ("stride", types.intp), ("size", types.intp)]
+        super().__init__(dmm, fe_type, members)
+
+
+make_attribute_wrapper(Row, "size", "size")
+
+
+@intrinsic
+def row_of(typingctx: Any, array: Any, n: Any) -> Any:
+    """View ``array[n]`` of a two-dimensional array."""
+    row = Row(array.dtype, array.layout == "C")
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        view = context.make_array(array)(context, builder, args[0])
+        outer, inner = cgutils.unpack_tuple(builder, view.strides, 2)
+        return _make_row(context, builder, row, view, builder.mul(args[1], outer), inner, 1)
+
+    return signature(row, array, types.intp), codegen
+
+
+@intrinsic
+def whole(typingctx: Any, array: Any) -> Any:
+    """View a one-dimensional array."""
+    row = Row(array.dtype, array.layout == "C")
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        view = context.make_array(array)(context, builder, args[0])
+        (stride,) = cgutils.unpack_tuple(builder, view.strides, 1)
+        return _make_row(context, builder, row, view, _I64(0), stride, 0)
+
+    return signature(row, array), codegen
+
+
+def _make_row(context: Any, builder: Any, row: Row, view: Any, offset: Any, stride: Any, axis: int) -> Any:
+    made = cgutils.create_struct_proxy(row)(context, builder)
+    made.data = cgutils.pointer_add(builder, view.data, offset)
+    made.stride = stride
+    made.size = cgutils.unpack_tuple(builder, view.shape, axis + 1)[axis]
+    return made._getvalue()
 
 
 def _vector_of(dtype: Any) -> Vector:
@@ -168,13 +224,12 @@ def _memory_type(context: Any, dtype: Any) -> Any:
     return context.get_data_type(dtype)
 
 
-def _element(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    """Point to ``array[index]`` of a one-dimensional array of any stride."""
-    view = context.make_array(array_type)(context, builder, array)
-    if array_type.layout == "C":
-        return builder.gep(view.data, [index])
-    stride = builder.extract_value(view.strides, 0)
-    return cgutils.pointer_add(builder, view.data, builder.mul(index, stride))
+def _element(builder: Any, row_type: Row, row: Any, index: Any) -> Any:
+    """Point to ``row[index]``."""
+    data = builder.extract_value(row, 0)
+    if row_type.contiguous:
+        return builder.gep(data, [index])
+    return cgutils.pointer_add(builder, data, builder.mul(index, builder.extract_value(row, 1)))
 
 
 def _align(dtype: Any) -> int:
@@ -182,7 +237,7 @@ def _align(dtype: Any) -> int:
 
 
 def _load_each(
-    context: Any, builder: Any, array_type: Any, array: Any, start: Any, count: Any, vector: Vector, raw_type: Any
+    builder: Any, row_type: Row, array: Any, start: Any, count: Any, vector: Vector, raw_type: Any
 ) -> Any:
     """Load lane by lane; a lane past `count` reads the last element (its value is replaced by the caller)."""
     raw = ir.Constant(raw_type, ir.Undefined)
@@ -191,7 +246,7 @@ def _load_each(
         if count is not None:
             last = builder.sub(count, _I64(1))
             offset = builder.select(builder.icmp_signed("<", offset, count), offset, last)
-        pointer = _element(context, builder, array_type, array, builder.add(start, offset))
+        pointer = _element(builder, row_type, array, builder.add(start, offset))
         raw = builder.insert_element(raw, builder.load(pointer), _I32(k))
     return raw
 
@@ -205,11 +260,11 @@ def load(typingctx: Any, row: Any, start: Any, like: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, start, _ = args
         raw_type = ir.VectorType(_memory_type(context, row.dtype), vector.lanes)
-        if row.layout == "C":
-            pointer = _element(context, builder, row, array, start)
+        if row.contiguous:
+            pointer = _element(builder, row, array, start)
             raw = builder.load(builder.bitcast(pointer, raw_type.as_pointer()), align=_align(row.dtype))
         else:
-            raw = _load_each(context, builder, row, array, start, None, vector, raw_type)
+            raw = _load_each(builder, row, array, start, None, vector, raw_type)
         return _to_lanes(builder, raw, row.dtype, vector)
 
     return sig, codegen
@@ -231,8 +286,8 @@ def load_tail(typingctx: Any, row: Any, start: Any, count: Any, fill: Any) -> An
         array, start, count, fill = args
         raw_type = ir.VectorType(_memory_type(context, row.dtype), vector.lanes)
         mask = _mask(builder, count, vector.lanes)
-        if row.layout == "C":
-            pointer = _element(context, builder, row, array, start)
+        if row.contiguous:
+            pointer = _element(builder, row, array, start)
             raw = _call(
                 builder,
                 f"llvm.masked.load.{_suffix(raw_type)}.p0",
@@ -245,7 +300,7 @@ def load_tail(typingctx: Any, row: Any, start: Any, count: Any, fill: Any) -> An
                 ],
             )
         else:
-            raw = _load_each(context, builder, row, array, start, count, vector, raw_type)
+            raw = _load_each(builder, row, array, start, count, vector, raw_type)
         return builder.select(
             mask, _to_lanes(builder, raw, row.dtype, vector), _splat(builder, fill, vector.lanes)
         )
@@ -261,12 +316,12 @@ def store(typingctx: Any, row: Any, start: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, start, lanes_ = args
         raw = _from_lanes(builder, lanes_, row.dtype, value)
-        if row.layout == "C":
-            pointer = _element(context, builder, row, array, start)
+        if row.contiguous:
+            pointer = _element(builder, row, array, start)
             builder.store(raw, builder.bitcast(pointer, raw.type.as_pointer()), align=_align(row.dtype))
         else:
             for k in range(value.lanes):
-                pointer = _element(context, builder, row, array, builder.add(start, _I64(k)))
+                pointer = _element(builder, row, array, builder.add(start, _I64(k)))
                 builder.store(builder.extract_element(raw, _I32(k)), pointer)
         return context.get_dummy_value()
 
@@ -281,8 +336,8 @@ def store_tail(typingctx: Any, row: Any, start: Any, count: Any, value: Any) -> 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, start, count, lanes_ = args
         raw = _from_lanes(builder, lanes_, row.dtype, value)
-        if row.layout == "C":
-            pointer = _element(context, builder, row, array, start)
+        if row.contiguous:
+            pointer = _element(builder, row, array, start)
             _call(
                 builder,
                 f"llvm.masked.store.{_suffix(raw.type)}.p0",
@@ -297,7 +352,7 @@ def store_tail(typingctx: Any, row: Any, start: Any, count: Any, value: Any) -> 
         else:
             for k in range(value.lanes):
                 with builder.if_then(builder.icmp_signed("<", _I64(k), count)):
-                    pointer = _element(context, builder, row, array, builder.add(start, _I64(k)))
+                    pointer = _element(builder, row, array, builder.add(start, _I64(k)))
                     builder.store(builder.extract_element(raw, _I32(k)), pointer)
         return context.get_dummy_value()
 
@@ -305,6 +360,31 @@ def store_tail(typingctx: Any, row: Any, start: Any, count: Any, value: Any) -> 
 
 
 # ------------------------------------------------------------------------------------------- arithmetic
+
+
+def _prefetching(write: int) -> Any:
+    """Make an intrinsic that fetches the cache lines of a vector; past the end of the array it is harmless."""
+
+    @intrinsic
+    def op(typingctx: Any, row: Any, start: Any, like: Any) -> Any:
+        size = _vector_of(like).lanes * _align(row.dtype)
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = builder.bitcast(_element(builder, row, args[0], args[1]), ir.IntType(8).as_pointer())
+            fnty = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+            fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+            into_l2, data = _I32(2), _I32(1)
+            for offset in range(0, size, 64):
+                builder.call(fn, [builder.gep(pointer, [_I64(offset)]), _I32(write), into_l2, data])
+            return context.get_dummy_value()
+
+        return signature(types.void, row, types.intp, like), codegen
+
+    return op
+
+
+prefetch_read = _prefetching(0)
+prefetch_write = _prefetching(1)
 
 
 def _lanewise(emit: Any) -> Any:
@@ -345,7 +425,7 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """a·b + c, rounded once."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.fma.{_suffix(a.llvm)}", a.llvm, list(args))
+        return _fma(builder, a, *args)
 
     return signature(a, a, b, c), codegen
 
@@ -438,14 +518,15 @@ max_lanes = _reduction(lambda builder, a, b: builder.select(builder.fcmp_ordered
 # ------------------------------------------------------------------------------------------- exp and tanh
 
 # exp(x) = 2^n · e^r with n = round(x / ln 2) and r = x − n·ln 2 in [−ln 2/2, ln 2/2]. Adding `magic` rounds x / ln 2 to an
-# integer that stands in the low bits of the sum, `bias` above n, so one shift and one integer addition put n + bias into the
-# exponent; the last multiplication takes 2^bias away again and rounds once where the result is subnormal. The polynomials
-# 1 + r + r²·poly(r) are minimax in relative error over that interval (3e-9 and 4e-18), found by Remez exchange.
+# integer that stands in the low bits of the sum, offset so that one shift makes the float 2^(n + bias) of it: `bias` keeps
+# that a normal number down to the smallest result, and the last multiplication takes it away again and rounds once where the
+# result is subnormal. The polynomials 1 + r + r²·poly(r) are minimax in relative error (3e-9 and 4e-18), by Remez exchange.
 _EXP = {
     32: {
         "low": -104.0,  # exp is 0 from here on: below half the smallest subnormal, 2^-150
         "magic": 1.5 * 2.0**23,
-        "bias": 64,
+        "offset": 127,
+        "bias": 24,
         "mantissa": 23,
         "ln2": (0.693145751953125, 1.428606765330187e-06),
         "poly": (0.0013814540176919471, 0.00836874510888554, 0.041668390783542376, 0.16666520399043, 0.4999999343212932),
@@ -453,7 +534,8 @@ _EXP = {
     64: {
         "low": -746.0,
         "magic": 1.5 * 2.0**52,
-        "bias": 512,
+        "offset": 1023,
+        "bias": 54,
         "mantissa": 52,
         "ln2": (0.693147180369123816490, 1.90821492927058770002e-10),
         "poly": (
@@ -465,35 +547,31 @@ _EXP = {
 }  # fmt: skip
 
 
+def _fma(builder: Any, x: Vector, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, f"llvm.fma.{_suffix(x.llvm)}", x.llvm, [a, b, c])
+
 
 def _emit_exp(builder: Any, x: Vector, value: Any) -> Any:
-    """e^x · 2^bias."""
+    """e^x · 2^bias; exactly 0 below `low`."""
     k = _EXP[x.lane.bitwidth]
-
-    def const(v: float) -> ir.Constant:
-        return _constant(x, v)
-
-    def fused(a: Any, b: Any, c: Any) -> Any:
-        return _call(builder, f"llvm.fma.{_suffix(x.llvm)}", x.llvm, [a, b, c])
-
-    low = const(k["low"])
-    v = builder.select(builder.fcmp_ordered("<", value, low), low, value)  # a NaN stays
-    magic = const(k["magic"] + k["bias"])
-    t = fused(v, const(1.4426950408889634), magic)
+    magic = _constant(x, k["magic"] + k["offset"] + k["bias"])
+    t = _fma(builder, x, value, _constant(x, 1.4426950408889634), magic)
     n = builder.fsub(t, magic)
-    r = fused(n, const(-k["ln2"][0]), v)
-    r = fused(n, const(-k["ln2"][1]), r)
-    p = const(k["poly"][0])
+    r = _fma(builder, x, n, _constant(x, -k["ln2"][0]), value)
+    r = _fma(builder, x, n, _constant(x, -k["ln2"][1]), r)
+    p = _constant(x, k["poly"][0])
     for c in (*k["poly"][1:], 1.0, 1.0):
-        p = fused(p, r, const(c))
+        p = _fma(builder, x, p, r, _constant(x, c))
     shift = ir.Constant(x.bits, [k["mantissa"]] * x.lanes)
-    exponent = builder.shl(builder.bitcast(t, x.bits), shift)
-    return builder.bitcast(builder.add(builder.bitcast(p, x.bits), exponent), x.llvm)
+    power = builder.bitcast(builder.shl(builder.bitcast(t, x.bits), shift), x.llvm)
+    # below `low` what came so far is rubbish; a NaN is not below, and went through the polynomial
+    below = builder.fcmp_ordered("<", value, _constant(x, k["low"]))
+    return builder.select(below, _constant(x, 0.0), builder.fmul(p, power))
 
 
 @intrinsic
 def exp_scaled(typingctx: Any, x: Any) -> Any:
-    """e^x divided by `exp_unit`, for x ≤ 0: what `exp_nonpositive` is before its last multiplication."""
+    """e^x divided by `exp_unit`, for x ≤ 0: never subnormal, which would cost a hundred cycles a vector."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return _emit_exp(builder, x, args[0])
@@ -513,7 +591,7 @@ def exp_unit(typingctx: Any, like: Any) -> Any:
 
 @intrinsic
 def exp_nonpositive(typingctx: Any, x: Any) -> Any:
-    """e^x for x ≤ 0, −inf and NaN included, within 2 ulp, subnormal results too."""
+    """e^x for x ≤ 0, −inf and NaN included, within 1 ulp, subnormal results too."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         unit = _constant(x, 2.0 ** -_EXP[x.lane.bitwidth]["bias"])
@@ -550,8 +628,8 @@ def tanh(typingctx: Any, x: Any) -> Any:
         first, *rest = _TANH[x.lane.bitwidth]
         p = _constant(x, first)
         for c in rest:
-            p = _call(builder, f"llvm.fma.{suffix}", x.llvm, [p, s, _constant(x, c)])
-        near = _call(builder, f"llvm.fma.{suffix}", x.llvm, [builder.fmul(a, s), p, a])
+            p = _fma(builder, x, p, s, _constant(x, c))
+        near = _fma(builder, x, builder.fmul(a, s), p, a)
         # unordered: a NaN takes the polynomial, which hands it on
         result = builder.select(builder.fcmp_unordered("ult", a, _constant(x, _TANH_LIMIT)), near, far)
         return _call(builder, f"llvm.copysign.{suffix}", x.llvm, [result, v])
