@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swl.backends import resolve
+from swl.arrays import beside, to_numpy
 from swl.functional import is_float
-from swl.layers import _gradients, _leaves, _parameters, _to_host
+from swl.layers import _gradients, _leaves, _parameters
 
 __all__ = ["GradientError", "GradientReport", "check_gradients", "numerical_gradient"]
 
@@ -76,7 +76,7 @@ def numerical_gradient(f: Callable[[Any], Any], x: Any, h: float | None = None) 
         if right == left:
             raise ValueError(f"h={step!r} is lost in rounding at x{list(index)} = {float(before)!r}")
         gradient[index] = (high - low) / (right - left)
-    return resolve(None, {"x": x}).asarray(gradient)
+    return beside(x, gradient)
 
 
 def _scalar(value: Any) -> float:
@@ -244,11 +244,11 @@ class _Check:
         if np.shape(analytic) != array.shape:
             raise GradientError(f"gradient of {name} has shape {np.shape(analytic)}, but {name} has {array.shape}")
         self.array, self.output, self.dout, self.tol = array, output, dout, tol
-        self.analytic = _to_host(analytic).astype(np.float64)
-        self.home = _to_host(array)
+        self.analytic = to_numpy(analytic).astype(np.float64)
+        self.home = to_numpy(array)
 
     def _write(self, values: Any) -> None:
-        self.array[...] = resolve(None, {"x": self.array}).asarray(values)
+        self.array[...] = beside(self.array, values)
 
     def along(self, direction: Any, analytic: float) -> _Comparison:
         """Compare along a direction, again with a smaller step where it disagrees."""
@@ -260,9 +260,9 @@ class _Check:
             h = _EPS ** (1 / 3) * size / reach / shrink
             try:
                 self._write(self.home + h * direction)
-                high = self.output()
+                high = _array(self.output())
                 self._write(self.home - h * direction)
-                low = self.output()
+                low = _array(self.output())
             finally:
                 self._write(self.home)
             numeric = float((self.dout * (high - low)).sum()) / (2 * h)
@@ -322,11 +322,15 @@ def _double(x: Any) -> Any:
     return x.astype(np.float64) if is_float(x.dtype) else x.copy()
 
 
+def _array(y: Any) -> Any:
+    return y if hasattr(y, "dtype") else np.asarray(y)
+
+
 def _random_like(y: Any, rng: np.random.Generator) -> Any:
     """Draw an upstream gradient for an output."""
     if not hasattr(y, "dtype"):
         return float(rng.standard_normal())
-    return resolve(None, {"output": y}).asarray(np.asarray(rng.standard_normal(y.shape)))
+    return beside(y, np.asarray(rng.standard_normal(y.shape)))
 
 
 def _of_layer(layer: Any, inputs: tuple[Any, ...], rng: np.random.Generator) -> _Problem:
@@ -340,7 +344,7 @@ def _of_layer(layer: Any, inputs: tuple[Any, ...], rng: np.random.Generator) -> 
     dout = _random_like(layer.forward(*inputs), rng)
     dx = layer.backward(dout)
     arrays = [("x", inputs[0], dx)] if hasattr(inputs[0], "dtype") and is_float(inputs[0].dtype) else []
-    gradients = {name: _to_host(g) for name, g in _gradients(layer).items()}
+    gradients = {name: to_numpy(g) for name, g in _gradients(layer).items()}
     arrays += [(name, p, gradients[name]) for name, p in _parameters(layer).items()]
     return _Problem(lambda: layer.forward(*inputs), dout, arrays)
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Unpack
 import numpy as np
 
 from swl import functional
+from swl.arrays import beside, to_numpy
 from swl.backends import Backend, active, get, resolve
 from swl.targets import OptionKwargs, Options
 
@@ -26,11 +27,6 @@ def _bring(backend: Backend, name: str, x: Any) -> Any:
     if hasattr(x, "dtype"):
         resolve(backend.name, {name: x})
     return backend.asarray(x)
-
-
-def _to_host(x: Any) -> Any:
-    """Copy an array of any backend to NumPy."""
-    return x.get() if hasattr(x, "get") else np.array(x)
 
 
 def _as_stored(x: Any, p: Any) -> Any:
@@ -85,7 +81,7 @@ class Layer:
         >>> best = layer.state_dict()  # numpy.savez("best.npz", **best) saves it
         >>> layer.load_state_dict(best)
         """
-        return {name: _to_host(p) for name, p in self.parameters().items()}
+        return {name: to_numpy(p) for name, p in self.parameters().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy `state` into the parameters, in place; all of it is checked before anything is written.
@@ -110,7 +106,7 @@ class Layer:
             if not getattr(p.flags, "writeable", True):
                 raise ValueError(f"parameter {name!r} is read-only")
         for name, p in parameters.items():
-            p[...] = resolve(None, {name: p}).asarray(values[name].astype(p.dtype))
+            p[...] = beside(p, values[name].astype(p.dtype))
 
     def _last_forward(self) -> Any:
         if self._saved is None:

@@ -1,0 +1,19 @@
+"""The ways between host and device that are taken only where someone asked for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from swl.backends import resolve
+
+
+def to_numpy(x: Any) -> Any:
+    """Copy an array of any backend to NumPy; waits for the device."""
+    return x.get() if hasattr(x, "get") else np.array(x)
+
+
+def beside(array: Any, values: Any) -> Any:
+    """Bring NumPy `values` to where `array` is."""
+    return values if isinstance(array, np.ndarray | np.generic) else resolve(None, {"array": array}).asarray(values)
