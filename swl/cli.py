@@ -11,17 +11,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 import swl
+from swl import data as datasets
+from swl import train as training
 from swl.backends import active, get
-
-if TYPE_CHECKING:
-    from swl.data import Data
-    from swl.gradcheck import GradientReport
-    from swl.train import Settings
+from swl.gradcheck import GradientReport
+from swl.train import Settings
 
 __all__ = ["main"]
 
@@ -53,11 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, backends and why each is or is not usable", allow_abbrev=False)
     info.set_defaults(run=_info)
 
+    defaults = Settings()
     train = commands.add_parser(
         "train",
         help="train a classifier",
         description="Train Affine, ReLU, Affine, SoftmaxWithLoss; the last line printed is the test accuracy.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     what = train.add_mutually_exclusive_group(required=True)
@@ -66,16 +65,44 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--backend", metavar="NAME", help="one of those that `swl info` lists; by default SWL_BACKEND, else numba"
     )
-    train.add_argument("--hidden", type=_at_least(int, 1), default=200, metavar="N", help="units of the hidden layer")
     train.add_argument(
-        "--epochs", type=_at_least(int, 1), default=30, metavar="N", help="passes over the training rows"
+        "--hidden",
+        type=_at_least(int, 1),
+        default=defaults.hidden,
+        metavar="N",
+        help="units of the hidden layer (%(default)s)",
     )
-    train.add_argument("--batch-size", type=_at_least(int, 1), default=32, metavar="N", help="rows per step")
-    train.add_argument("--lr", type=_at_least(float, 0), default=3e-3, metavar="X", help="learning rate at the start")
     train.add_argument(
-        "--seed", type=_at_least(int, 0), default=0, metavar="N", help="of initial weights and row order"
+        "--epochs",
+        type=_at_least(int, 1),
+        default=defaults.epochs,
+        metavar="N",
+        help="passes over the training rows (%(default)s)",
     )
-    train.add_argument("--dtype", choices=["float64", "float32"], default="float64", help="of parameters and inputs")
+    train.add_argument(
+        "--batch-size",
+        type=_at_least(int, 1),
+        default=defaults.batch_size,
+        metavar="N",
+        help="rows per step (%(default)s)",
+    )
+    train.add_argument(
+        "--lr",
+        type=_at_least(float, 0),
+        default=defaults.lr,
+        metavar="X",
+        help="learning rate at the start (%(default)s)",
+    )
+    train.add_argument(
+        "--seed",
+        type=_at_least(int, 0),
+        default=defaults.seed,
+        metavar="N",
+        help="of initial weights and row order (%(default)s)",
+    )
+    train.add_argument(
+        "--dtype", choices=["float64", "float32"], default=defaults.dtype, help="of parameters and inputs (%(default)s)"
+    )
     train.add_argument(
         "--scale",
         choices=["all", "each"],
@@ -102,12 +129,11 @@ def _at_least(number: type[int] | type[float], low: float) -> Callable[[str], fl
 
 
 def _train(options: argparse.Namespace) -> int:
-    from swl import data as datasets
-    from swl.train import Settings
-
     _check_outputs(options)
     try:
         tqdm = datasets.require("tqdm", "the progress bar of swl train").tqdm
+        if options.plot is not None:
+            datasets.require("matplotlib", "--plot")
         data = datasets.digits() if options.data is None else datasets.from_file(options.data)
     except datasets.DataError as error:
         raise _Refused(str(error)) from None
@@ -135,9 +161,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise _Refused(f"--save FILE must end in .npz, got {options.save}")
 
 
-def _run_training(data: Data, settings: Settings, options: argparse.Namespace, tqdm: Any) -> int:
-    from swl import train as training
-
+def _run_training(data: datasets.Data, settings: Settings, options: argparse.Namespace, tqdm: Any) -> int:
     name, (N, D) = active(), data.x.shape
     print(f"backend {name}, {settings.dtype}; {data.name}: {N} rows of {D} numbers, {data.n_classes} classes")
     with tqdm(unit="step", file=sys.stderr, leave=False) as bar:

@@ -73,20 +73,24 @@ def from_file(path: Path) -> Data:
         If the file or what is in it cannot be used.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} must be an .npz file with arrays x and t, but holds a single array")
+            if not {"x", "t"} <= set(loaded):
+                raise DataError(f"{path} must hold arrays x and t, got {sorted(loaded)}")
+            x, t = loaded["x"], loaded["t"]
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+    ) as error:  # also an object array, which would need pickle
         raise DataError(f"{path} is not an .npz file that can be read: {error}") from None
-    if not isinstance(loaded, np.lib.npyio.NpzFile):
-        raise DataError(f"{path} must be an .npz file with arrays x and t, but holds a single array")
-    with loaded:
-        if not {"x", "t"} <= set(loaded):
-            raise DataError(f"{path} must hold arrays x and t, got {sorted(loaded)}")
-        try:
-            x, t = loaded["x"], loaded["t"]
-        except ValueError as error:  # an object array, which would need pickle
-            raise DataError(f"{path}: {error}") from None
     return checked(str(path), x, t)
 
 

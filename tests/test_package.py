@@ -1,0 +1,66 @@
+"""What is shipped: the wheel as it is built, installed elsewhere, and put to work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import swl
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: Any, **more: Any) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as ``python -m build`` does: the source archive, and the wheel out of that."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_package_and_its_kernels_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {f"swl/{p.relative_to(ROOT / 'swl').as_posix()}" for p in (ROOT / "swl").rglob("*.py")}
+    kernels = {f"swl/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.cu*")}
+    assert len(kernels) >= 3
+    assert sources | kernels | {"swl/py.typed"} == {name for name in names if name.startswith("swl/")}
+    assert {name.partition("/")[0] for name in names} == {"swl", f"swl-{swl.__version__}.dist-info"}
+
+
+def test_its_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    info = f"swl-{swl.__version__}.dist-info"
+    metadata = archive.read(f"{info}/METADATA").decode()
+    needs = [
+        line.split()[1] for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
+    ]
+    assert {name.partition(">")[0] for name in needs} == {"numpy", "numba"}
+    assert "swl = swl.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
+    assert f"{info}/licenses/LICENSE" in archive.namelist()
+
+
+def test_installed_elsewhere_it_imports_and_trains(wheel: Path, tmp_path: Path) -> None:
+    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel)
+    environment = {**os.environ, "PYTHONPATH": str(target), "SWL_BACKEND": "numba"}
+    where = run(sys.executable, "-c", "import swl; print(swl.__file__)", cwd=elsewhere, env=environment)
+    assert Path(where.strip()) == target / "swl" / "__init__.py"
+    train = "import sys; from swl.cli import main; sys.exit(main(['train', 'digits', '--epochs', '4']))"
+    lines = run(sys.executable, "-c", train, cwd=elsewhere, env=environment).splitlines()
+    assert float(lines[-1].removeprefix("test accuracy ")) > 0.9
+    info = run(sys.executable, "-c", "from swl.cli import main; main(['info'])", cwd=elsewhere, env=environment)
+    assert str(target / "swl") in info
