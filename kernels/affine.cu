@@ -14,13 +14,13 @@ __global__ void __launch_bounds__(256) fill_rows(T* y_nk, i64 stride, const B* b
   const i64 j = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   for (i64 n = blockIdx.y; n < N; n += gridDim.y) {
     T* row = y_nk + n * stride;
-    const i64 k = j * V - lead_of<T, V>(row);
-    if (k >= K) continue;
+    const Span at = span_of<V>(j, lead_of<T, V>(row), K);
+    if (at.c >= K) continue;
     Pack<T, V> pack;
 #pragma unroll
     for (int i = 0; i < V; ++i)
-      pack.x[i] = narrow<T>(widen((k + i >= 0 && k + i < K) ? load_shared_by_rows(b_k + k + i) : B()));
-    store_pack(row, k, K, true, pack);
+      pack.x[i] = narrow<T>(at.has(i) ? widen(load_shared_by_rows(b_k + at.c + i)) : Acc<B>(0));
+    store_pack(row, at, true, pack);
   }
 }
 
@@ -36,14 +36,14 @@ __global__ void __launch_bounds__(256)
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
   A* sums = reinterpret_cast<A*>(shared);  // (blockDim.y, V, 32): neighbouring lanes in neighbouring banks
-  const i64 k = ((i64)blockIdx.x * 32 + threadIdx.x) * V;
+  const Span at = span_of<V>((i64)blockIdx.x * 32 + threadIdx.x, 0, K);
   const i64 first = blockIdx.y * rows, last = min_of(first + rows, N);
   A sum[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) sum[i] = 0;
-  if (k < K) {
+  if (at.c < K) {
     for (i64 n = first + threadIdx.y; n < last; n += blockDim.y) {
-      const Pack<T, V> pack = load_pack<T, V>(dy_nk + n * stride, k, K, narrow<T>((A)0));
+      const Pack<T, V> pack = load_pack<T, V>(dy_nk + n * stride, at, narrow<T>((A)0));
 #pragma unroll
       for (int i = 0; i < V; ++i) sum[i] += widen(pack.x[i]);
     }
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(256)
   for (int i = 0; i < V; ++i) {
     A total = 0;
     for (int y = 0; y < (int)blockDim.y; ++y) total += sums[(y * V + i) * 32 + threadIdx.x];
-    if (k + i < K) store(partial_sk + blockIdx.y * K + k + i, total);
+    if (at.has(i)) store(partial_sk + blockIdx.y * K + at.c + i, total);
   }
 }
 

@@ -13,9 +13,16 @@ typedef long long i64;  // every offset: N·C exceeds 2^31
 // ------------------------------------------------------------------------------------------------ arithmetic
 
 // float64 computes in float64, everything else in float32.
-template <typename T> struct AccOf { typedef float type; };
-template <> struct AccOf<double> { typedef double type; };
-template <typename T> using Acc = typename AccOf<T>::type;
+template <typename T>
+struct AccOf {
+  typedef float type;
+};
+template <>
+struct AccOf<double> {
+  typedef double type;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
@@ -23,22 +30,37 @@ __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 // Rounds once, to nearest even.
-template <typename T, typename A> struct Narrow {
+template <typename T, typename A>
+struct Narrow {
   static __device__ __forceinline__ T from(A x) { return (T)x; }
 };
-template <typename A> struct Narrow<__half, A> {
+template <typename A>
+struct Narrow<__half, A> {
   static __device__ __forceinline__ __half from(A x) { return __float2half_rn((float)x); }
 };
-template <typename A> struct Narrow<__nv_bfloat16, A> {
+template <typename A>
+struct Narrow<__nv_bfloat16, A> {
   static __device__ __forceinline__ __nv_bfloat16 from(A x) { return __float2bfloat16_rn((float)x); }
 };
-template <typename T, typename A> __device__ __forceinline__ T narrow(A x) { return Narrow<T, A>::from(x); }
+template <typename T, typename A>
+__device__ __forceinline__ T narrow(A x) {
+  return Narrow<T, A>::from(x);
+}
 
-template <typename A> __device__ __forceinline__ A infinity() { return (A)__int_as_float(0x7f800000); }
-template <typename A> __device__ __forceinline__ A not_a_number() { return (A)__int_as_float(0x7fc00000); }
+template <typename A>
+__device__ __forceinline__ A infinity() {
+  return (A)__int_as_float(0x7f800000);
+}
+template <typename A>
+__device__ __forceinline__ A not_a_number() {
+  return (A)__int_as_float(0x7fc00000);
+}
 
 // The larger of two numbers; a NaN wins over both. fmaxf would drop it.
-template <typename A> __device__ __forceinline__ A max_or_nan(A a, A b) { return (a >= b || a != a) ? a : b; }
+template <typename A>
+__device__ __forceinline__ A max_or_nan(A a, A b) {
+  return (a >= b || a != a) ? a : b;
+}
 
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
@@ -47,14 +69,28 @@ __device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
 
 // ------------------------------------------------------------------------------------------------ global memory
 
-template <int BYTES> struct WordOf;
-template <> struct WordOf<2> { typedef unsigned short type; };
-template <> struct WordOf<4> { typedef unsigned int type; };
-template <> struct WordOf<8> { typedef uint2 type; };
-template <> struct WordOf<16> { typedef uint4 type; };
+template <int BYTES>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  typedef unsigned short type;
+};
+template <>
+struct WordOf<4> {
+  typedef unsigned int type;
+};
+template <>
+struct WordOf<8> {
+  typedef uint2 type;
+};
+template <>
+struct WordOf<16> {
+  typedef uint4 type;
+};
 
 // Data of one row, not read again: evict first.
-template <typename T> __device__ __forceinline__ T load(const T* p) {
+template <typename T>
+__device__ __forceinline__ T load(const T* p) {
   typedef typename WordOf<sizeof(T)>::type Word;
   const Word word = __ldcs(reinterpret_cast<const Word*>(p));
   T x;
@@ -63,7 +99,8 @@ template <typename T> __device__ __forceinline__ T load(const T* p) {
 }
 
 // Data that every row reads and no kernel writes while it runs (class weights, bias): keep in cache.
-template <typename T> __device__ __forceinline__ T load_shared_by_rows(const T* p) {
+template <typename T>
+__device__ __forceinline__ T load_shared_by_rows(const T* p) {
   typedef typename WordOf<sizeof(T)>::type Word;
   const Word word = __ldg(reinterpret_cast<const Word*>(p));
   T x;
@@ -71,7 +108,8 @@ template <typename T> __device__ __forceinline__ T load_shared_by_rows(const T* 
   return x;
 }
 
-template <typename T> __device__ __forceinline__ void store(T* p, T x) {
+template <typename T>
+__device__ __forceinline__ void store(T* p, T x) {
   typedef typename WordOf<sizeof(T)>::type Word;
   Word word;
   memcpy(&word, &x, sizeof(T));
@@ -82,20 +120,22 @@ __device__ __forceinline__ bool is_aligned(const void* p, unsigned bytes) {
   return ((unsigned long long)p & (bytes - 1)) == 0;
 }
 
-// V neighbours of a row. A row need not start on a 16-byte boundary, and C need not be a multiple of V, so the packs of a
-// row are laid over it from the last boundary before it; the first and the last may stick out:
+// V neighbours of a row. A row need not start on a 16-byte boundary, and C need not be a multiple of V, so the packs of
+// a row are laid over it from the last boundary before it; the first and the last may stick out:
 //
 //     column        -2 -1  0  1  2  3  4  5  6  7  8  9         lead = 2, C = 9, V = 4
 //     16 bytes      |pack 0      |pack 1      |pack 2      |
 //     loaded as            s  s   one 16 bytes  s  s  s         s: a scalar; nothing outside [0, C) is touched
-template <typename T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
+template <typename T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T x[V];
 };
 
-// A pack as a ring of registers: the first G elements, and the pack turned by G. Registers cannot be indexed by a variable,
-// so a loop that takes one group a turn always takes the first and turns the pack; V/G turns restore it. The loop's body
-// is then compiled once, and its temporaries are those of G elements.
-template <int G, typename T, int V> __device__ __forceinline__ Pack<T, G> first_of(const Pack<T, V>& pack) {
+// A pack as a ring of registers: the first G elements, and the pack turned by G. Registers cannot be indexed by a
+// variable, so a loop that takes one group a turn always takes the first and turns the pack; V/G turns restore it. The
+// loop's body is then compiled once, and its temporaries are those of G elements.
+template <int G, typename T, int V>
+__device__ __forceinline__ Pack<T, G> first_of(const Pack<T, V>& pack) {
   Pack<T, G> group;
 #pragma unroll
   for (int i = 0; i < G; ++i) group.x[i] = pack.x[i];
@@ -110,44 +150,63 @@ __device__ __forceinline__ void turn(Pack<T, V>& pack, const Pack<T, G>& group) 
 }
 
 // Elements of T in 16 bytes.
-template <typename T> struct Wide { static const int N = 16 / sizeof(T); };
+template <typename T>
+struct Wide {
+  static const int N = 16 / sizeof(T);
+};
 
 // How many elements before `row` the 16-byte boundary lies that a row's packs are counted from.
-template <typename T, int V> __device__ __forceinline__ int lead_of(const T* row) {
+template <typename T, int V>
+__device__ __forceinline__ int lead_of(const T* row) {
   return V == 1 ? 0 : (int)(((unsigned long long)row % 16) / sizeof(T));
 }
 
-// The columns [c, c + V) of a row of C; `outside` where there is no such column. The pack is one 16-byte load if it lies
-// inside the row, which then is aligned by construction (lead_of).
+// Where a pack lies: its columns are c, c + 1, …, of which those from c + from to before c + to exist.
+struct Span {
+  i64 c;
+  int from, to;
+  __device__ __forceinline__ bool has(int i) const { return i >= from && i < to; }
+  __device__ __forceinline__ bool whole(int V) const { return from <= 0 && to >= V; }
+  __device__ __forceinline__ Span after(int i) const { return Span{c + i, from - i, to - i}; }
+};
+
+// Packs of a row of C; C below 2^31·V.
+template <int V>
+__device__ __forceinline__ int packs_of(int lead, i64 C) {
+  return (int)((C + lead + V - 1) / V);
+}
+
+// Pack j of a row of C.
+template <int V>
+__device__ __forceinline__ Span span_of(i64 j, int lead, i64 C) {
+  const i64 c = j * V - lead;
+  return Span{c, c < 0 ? (int)-c : 0, C - c < V ? (int)(C - c) : V};
+}
+
+// A pack of a row; `outside` where there is no column. It is one 16-byte load if it lies inside the row, which then is
+// aligned by construction (lead_of).
 template <typename T, int V>
-__device__ __forceinline__ Pack<T, V> load_pack(const T* row, i64 c, i64 C, T outside) {
+__device__ __forceinline__ Pack<T, V> load_pack(const T* row, const Span& at, T outside) {
   Pack<T, V> pack;
-  if (c >= 0 && c + V <= C) {
-    pack = load(reinterpret_cast<const Pack<T, V>*>(row + c));
+  if (at.whole(V)) {
+    pack = load(reinterpret_cast<const Pack<T, V>*>(row + at.c));
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) pack.x[i] = (c + i >= 0 && c + i < C) ? load(row + c + i) : outside;
+    for (int i = 0; i < V; ++i) pack.x[i] = at.has(i) ? load(row + at.c + i) : outside;
   }
   return pack;
 }
 
 // Writes the columns that exist. `wide`: the packs of `row` are aligned.
 template <typename T, int V>
-__device__ __forceinline__ void store_pack(T* row, i64 c, i64 C, bool wide, const Pack<T, V>& pack) {
-  if (wide && c >= 0 && c + V <= C) {
-    store(reinterpret_cast<Pack<T, V>*>(row + c), pack);
+__device__ __forceinline__ void store_pack(T* row, const Span& at, bool wide, const Pack<T, V>& pack) {
+  if (wide && at.whole(V)) {
+    store(reinterpret_cast<Pack<T, V>*>(row + at.c), pack);
   } else {
 #pragma unroll
     for (int i = 0; i < V; ++i)
-      if (c + i >= 0 && c + i < C) store(row + c + i, pack.x[i]);
+      if (at.has(i)) store(row + at.c + i, pack.x[i]);
   }
-}
-
-// V values that belong to the columns [c, c + V) of every row (class weights, bias); `outside` where there is none.
-template <typename A, int V>
-__device__ __forceinline__ void load_columns(const A* values, i64 c, i64 C, A outside, A (&out)[V]) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) out[i] = (c + i >= 0 && c + i < C) ? load_shared_by_rows(values + c + i) : outside;
 }
 
 // ------------------------------------------------------------------------------------------------ within a block
@@ -160,4 +219,4 @@ __device__ __forceinline__ void load_columns(const A* values, i64 c, i64 C, A ou
 const unsigned ALL_LANES = 0xffffffffu;
 
 __device__ __forceinline__ i64 min_of(i64 a, i64 b) { return a < b ? a : b; }
-__device__ __forceinline__ i64 max_of(i64 a, i64 b) { return a < b ? b : a; }
+__device__ __forceinline__ int max_of(int a, int b) { return a < b ? b : a; }

@@ -14,7 +14,8 @@
 //   finish     turns the sums of a whole row into what is stored of it
 //   gradient   turns a pack of logits into a pack of gradients
 //
-//   ce_rows<T, DENSE, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0); forward, or both sweeps
+//   ce_rows<T, DENSE, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0); forward, or both
+//   sweeps
 //                                  with the row kept on chip between them
 //   ce_partial + ce_combine        a row by several blocks: their sums meet in a second kernel
 //   ce_backward                    gradients from M, S and A
@@ -26,7 +27,8 @@
 const i64 INVALID = -2;  // an id that was out of range: loss NaN, gradient 0. IGNORED is -1. See swl/targets.py.
 
 // What is asked of all rows. A pointer is null where the option is off.
-template <typename T> struct Problem {
+template <typename T>
+struct Problem {
   typedef Acc<T> A;
   const T* logits_nc;
   i64 stride;
@@ -38,24 +40,26 @@ template <typename T> struct Problem {
   const A* weight_c;      // w
   const A* row_weight_n;  // m of class ids
   const A* bias_c;
-  A hot, rest, softcap, z_loss;
+  A hot, rest, softcap, softcap_inverse, z_loss;  // κ and 1/κ
   A mass_hit, mass_miss;  // A of a class id without weights that hits a column, and of one that does not
   i64 first_class;        // the class id of column 0
 };
 
 // The head of every kernel's parameter list, and the Problem made of it.
-#define PROBLEM_PARAMETERS(T)                                                                                    \
-  const T *logits_nc, i64 stride, i64 N, i64 C, const i64 *ids_n, const void *probs_nc, int probs_type,          \
-      i64 probs_row, i64 probs_column, const Acc<T> *weight_c, const Acc<T> *row_weight_n, const Acc<T> *bias_c, \
-      Acc<T> hot, Acc<T> rest, Acc<T> softcap, Acc<T> z_loss, Acc<T> mass_hit, Acc<T> mass_miss, i64 first_class
-#define PROBLEM(T)                                                                                               \
-  Problem<T> {                                                                                                   \
-    logits_nc, stride, N, C, ids_n, probs_nc, probs_type, probs_row, probs_column, weight_c, row_weight_n,       \
-        bias_c, hot, rest, softcap, z_loss, mass_hit, mass_miss, first_class                                                          \
+#define PROBLEM_PARAMETERS(T)                                                                                          \
+  const T *logits_nc, i64 stride, i64 N, i64 C, const i64 *ids_n, const void *probs_nc, int probs_type, i64 probs_row, \
+      i64 probs_column, const Acc<T>*weight_c, const Acc<T>*row_weight_n, const Acc<T>*bias_c, Acc<T> hot,             \
+      Acc<T> rest, Acc<T> softcap, Acc<T> softcap_inverse, Acc<T> z_loss, Acc<T> mass_hit, Acc<T> mass_miss,           \
+      i64 first_class
+#define PROBLEM(T)                                                                                                 \
+  Problem<T> {                                                                                                     \
+    logits_nc, stride, N, C, ids_n, probs_nc, probs_type, probs_row, probs_column, weight_c, row_weight_n, bias_c, \
+        hot, rest, softcap, softcap_inverse, z_loss, mass_hit, mass_miss, first_class                              \
   }
 
 // Where a forward sweep leaves a row; the last three are null unless they were asked for.
-template <typename A> struct RowsOut {
+template <typename A>
+struct RowsOut {
   A *loss_n, *row_max_n, *log_sum_n, *target_dot_n, *mass_n, *entropy_n, *log_prob_n;
   i64* argmax_n;
 };
@@ -66,79 +70,94 @@ template <typename A> struct RowsOut {
 
 // ------------------------------------------------------------------------------------------------ targets and logits
 
+// Columns that a thread works on at a time: 8 of them, or 2 in float64, would not leave it enough registers.
+template <typename T, int V>
+struct Group {
+  static const int N = sizeof(T) == 8 ? 1 : V < 4 ? V : 4;
+};
+
 template <typename Q, typename A, int V>
-__device__ __forceinline__ void load_probs(const Q* row, i64 column, i64 c, i64 C, A (&q)[V]) {
+__device__ __forceinline__ void load_probs(const Q* row, i64 column, const Span& at, A (&q)[V]) {
   // 16 bytes at a time where they are neighbours on a 16-byte boundary, which need not be the logits' boundary
-  const int W = V * sizeof(Q) < 16 ? V : Wide<Q>::N;
-  if (column == 1 && c >= 0 && c + V <= C && is_aligned(row + c, W * sizeof(Q))) {
+  const int W = V < Wide<Q>::N ? V : Wide<Q>::N;
+  if (column == 1 && at.whole(V) && is_aligned(row + at.c, W * sizeof(Q))) {
 #pragma unroll
     for (int i = 0; i < V; i += W) {
-      const Pack<Q, W> pack = load(reinterpret_cast<const Pack<Q, W>*>(row + c + i));
+      const Pack<Q, W> pack = load(reinterpret_cast<const Pack<Q, W>*>(row + at.c + i));
 #pragma unroll
       for (int k = 0; k < W; ++k) q[i + k] = (A)widen(pack.x[k]);
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i) q[i] = (c + i >= 0 && c + i < C) ? (A)widen(load(row + (c + i) * column)) : (A)0;
+    for (int i = 0; i < V; ++i) q[i] = at.has(i) ? (A)widen(load(row + (at.c + i) * column)) : (A)0;
   }
 }
 
 template <typename T, int V>
-__device__ __forceinline__ void load_target(const Problem<T>& p, i64 n, i64 c, Acc<T> (&q)[V]) {
-  const i64 row = n * p.probs_row;
+__device__ __forceinline__ void load_target(const Problem<T>& p, i64 n, const Span& at, Acc<T> (&q)[V]) {
+  const int bytes = p.probs_type == 0 ? 4 : p.probs_type == 1 ? 8 : 2;
+  const void* row = (const char*)p.probs_nc + n * p.probs_row * bytes;
   if (p.probs_type == 0)
-    load_probs((const float*)p.probs_nc + row, p.probs_column, c, p.C, q);
+    load_probs((const float*)row, p.probs_column, at, q);
   else if (p.probs_type == 1)
-    load_probs((const double*)p.probs_nc + row, p.probs_column, c, p.C, q);
+    load_probs((const double*)row, p.probs_column, at, q);
   else if (p.probs_type == 2)
-    load_probs((const __half*)p.probs_nc + row, p.probs_column, c, p.C, q);
+    load_probs((const __half*)row, p.probs_column, at, q);
   else
-    load_probs((const __nv_bfloat16*)p.probs_nc + row, p.probs_column, c, p.C, q);
+    load_probs((const __nv_bfloat16*)row, p.probs_column, at, q);
 }
 
-// y of the columns [c, c + V), without the class id's own share: w·((1−ε)·q + ε/C), or w·ε/C. Also q itself.
+// y of a group, without the class id's own share: w·((1−ε)·q + ε/C), or w·ε/C; 0 outside [0, C). Also q itself.
 template <typename T, bool DENSE, int V>
-__device__ __forceinline__ void target_pack(const Problem<T>& p, i64 n, i64 c, Acc<T> (&y)[V], Acc<T> (&q)[V]) {
+__device__ __forceinline__ void target_group(
+    const Problem<T>& p, i64 n, const Span& at, Acc<T> (&y)[V], Acc<T> (&q)[V]) {
   typedef Acc<T> A;
 #pragma unroll
   for (int i = 0; i < V; ++i) q[i] = 0;
-  if (DENSE) load_target<T, V>(p, n, c, q);
+  if (DENSE) load_target<T, V>(p, n, at, q);
 #pragma unroll
-  for (int i = 0; i < V; ++i) y[i] = (c + i >= 0 && c + i < p.C) ? (DENSE ? p.hot * q[i] + p.rest : p.rest) : (A)0;
+  for (int i = 0; i < V; ++i) y[i] = !at.has(i) ? (A)0 : DENSE ? p.hot * q[i] + p.rest : p.rest;
   if (p.weight_c && (DENSE || p.rest != 0)) {
-    A w[V];
-    load_columns(p.weight_c, c, p.C, (A)0, w);
 #pragma unroll
-    for (int i = 0; i < V; ++i) y[i] *= w[i];
+    for (int i = 0; i < V; ++i)
+      if (at.has(i)) y[i] *= load_shared_by_rows(p.weight_c + at.c + i);
   }
 }
 
 // z of one logit, and tanh, from which ∂z/∂r = 1 − tanh²; 0 without a softcap.
-template <typename T> __device__ __forceinline__ Acc<T> final_logit(const Problem<T>& p, Acc<T> r, Acc<T>& tanh) {
+template <typename T>
+__device__ __forceinline__ Acc<T> final_logit(const Problem<T>& p, Acc<T> r, Acc<T>& tanh) {
   tanh = 0;
   if (p.softcap == 0) return r;
-  tanh = tanh_of(r / p.softcap);
+  tanh = tanh_of(r * p.softcap_inverse);
   return p.softcap * tanh;
 }
 
-// z of a pack; −inf, which adds nothing to any sum, outside [0, C).
+// z of a group; −inf, which adds nothing to any sum, outside [0, C).
 template <typename T, int V>
 __device__ __forceinline__ void final_logits(
-    const Problem<T>& p, i64 c, const Pack<T, V>& pack, Acc<T> (&z)[V], Acc<T> (&tanh)[V]) {
+    const Problem<T>& p, const Span& at, const Pack<T, V>& pack, Acc<T> (&z)[V], Acc<T> (&tanh)[V]) {
   typedef Acc<T> A;
 #pragma unroll
   for (int i = 0; i < V; ++i) z[i] = widen(pack.x[i]);
   if (p.bias_c) {
-    A bias[V];
-    load_columns(p.bias_c, c, p.C, (A)0, bias);
 #pragma unroll
-    for (int i = 0; i < V; ++i) z[i] += bias[i];
+    for (int i = 0; i < V; ++i)
+      if (at.has(i)) z[i] += load_shared_by_rows(p.bias_c + at.c + i);
+  }
+  if (p.softcap != 0) {
+#pragma unroll 1  // V copies of tanh side by side would not leave the rest enough registers
+    for (int i = 0; i < V; ++i) {
+      A t;
+      const A capped = final_logit(p, z[0], t);
+#pragma unroll
+      for (int k = 1; k < V; ++k) z[k - 1] = z[k], tanh[k - 1] = tanh[k];
+      z[V - 1] = capped, tanh[V - 1] = t;
+    }
   }
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    z[i] = final_logit(p, z[i], tanh[i]);
-    if (c + i < 0 || c + i >= p.C) z[i] = -infinity<A>();
-  }
+  for (int i = 0; i < V; ++i)
+    if (!at.has(i)) z[i] = -infinity<A>();
 }
 
 // ------------------------------------------------------------------------------------------------ running sums
@@ -146,7 +165,8 @@ __device__ __forceinline__ void final_logits(
 const int SUMS = 7;  // fields of Sums that ce_partial stores in the arithmetic type; then the class
 
 // Sums over the columns seen so far, relative to the largest logit seen so far (to 0 as long as all were −inf).
-template <typename A> struct Sums {
+template <typename A>
+struct Sums {
   A max;      // M
   A exp;      // Σ exp u
   A dot;      // Σ y·u          dot and mass without the class id's own share
@@ -157,7 +177,8 @@ template <typename A> struct Sums {
   i64 at;     // the first class of the largest logit; only with stats
 };
 
-template <typename A> __device__ __forceinline__ Sums<A> nothing() {
+template <typename A>
+__device__ __forceinline__ Sums<A> nothing() {
   return Sums<A>{-infinity<A>(), 0, 0, 0, 0, 0, 0, 0x7fffffffffffffffll};
 }
 
@@ -165,12 +186,14 @@ template <typename A> __device__ __forceinline__ Sums<A> nothing() {
 struct Wanted {
   bool target, stats;
 };
-template <bool DENSE, typename T> __device__ __forceinline__ Wanted wanted(const Problem<T>& p, const void* entropy_n) {
+template <bool DENSE, typename T>
+__device__ __forceinline__ Wanted wanted(const Problem<T>& p, const void* entropy_n) {
   return Wanted{DENSE || p.rest != 0, entropy_n != nullptr};
 }
 
 // Moves the sums to a maximum at least as large: with s = old − new ≤ 0, Σ exp(u + s) and Σ y·(u + s).
-template <typename A> __device__ __forceinline__ void rescale(Sums<A>& sums, A max) {
+template <typename A>
+__device__ __forceinline__ void rescale(Sums<A>& sums, A max) {
   if (sums.max == max) return;
   if (sums.max != -infinity<A>()) {  // else all sums are 0, or −inf for a target at −inf, and stay so
     const A shift = sums.max - max, factor = exp_of(shift);
@@ -183,26 +206,24 @@ template <typename A> __device__ __forceinline__ void rescale(Sums<A>& sums, A m
 }
 
 // argmax as NumPy has it: the first of equals, and the first NaN before all numbers.
-template <typename A> __device__ __forceinline__ bool comes_first(A z, i64 c, A than, i64 at) {
+template <typename A>
+__device__ __forceinline__ bool comes_first(A z, i64 c, A than, i64 at) {
   if (z != z) return than == than || c < at;
   return z > than || (z == than && c < at);
 }
 
-// Columns that a thread works on at a time: 8 of them would not leave it enough registers.
-template <int V> struct Group { static const int N = V < 4 ? V : 4; };
-
-// Takes the columns [c, c + V) into the sums; V ≤ 4.
+// Takes a group of columns into the sums.
 template <typename T, bool DENSE, int V>
 __device__ __forceinline__ void absorb_group(
-    Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, i64 c, const Pack<T, V>& pack) {
+    Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, const Span& at, const Pack<T, V>& group) {
   typedef Acc<T> A;
   A z[V], tanh[V];
-  final_logits<T, V>(p, c, pack, z, tanh);
+  final_logits<T, V>(p, at, group, z, tanh);
   A max = sums.max;
   if (want.stats) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      if (c + i >= 0 && c + i < p.C && comes_first(z[i], c + i, max, sums.at)) sums.at = c + i;
+      if (at.has(i) && comes_first(z[i], at.c + i, max, sums.at)) sums.at = at.c + i;
       max = max_or_nan(max, z[i]);
     }
   } else {
@@ -219,7 +240,7 @@ __device__ __forceinline__ void absorb_group(
   }
   if (want.target) {
     A y[V], q[V];
-    target_pack<T, DENSE, V>(p, n, c, y, q);
+    target_group<T, DENSE, V>(p, n, at, y, q);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const A u = z[i] - from;
@@ -233,37 +254,33 @@ __device__ __forceinline__ void absorb_group(
   }
 }
 
-// Takes the columns [c, c + V) into the sums.
+// Takes a pack into the sums, group by group. The pack is turned once round, by reference: a copy would cost registers.
 template <typename T, bool DENSE, int V>
 __device__ __forceinline__ void absorb(
-    Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, i64 c, Pack<T, V> pack) {
-  const int G = Group<V>::N;
+    Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, const Span& at, Pack<T, V>& pack) {
+  const int G = Group<T, V>::N;
 #pragma unroll 1
   for (int i = 0; i < V; i += G) {
     const Pack<T, G> group = first_of<G>(pack);
-    absorb_group<T, DENSE, G>(sums, p, want, n, c + i, group);
+    absorb_group<T, DENSE, G>(sums, p, want, n, at.after(i), group);
     turn(pack, group);
   }
 }
 
 // The sums over the columns of both.
-template <typename A> __device__ __forceinline__ Sums<A> combine(Sums<A> a, Sums<A> b) {
+template <typename A>
+__device__ __forceinline__ Sums<A> combine(Sums<A> a, Sums<A> b) {
   if (comes_first(b.max, b.at, a.max, a.at)) a.at = b.at;
   const A max = max_or_nan(a.max, b.max);
   rescale(a, max);
   rescale(b, max);
-  return Sums<A>{max,
-                 a.exp + b.exp,
-                 a.dot + b.dot,
-                 a.mass + b.mass,
-                 a.entropy + b.entropy,
-                 a.q_dot + b.q_dot,
-                 a.q_mass + b.q_mass,
-                 a.at};
+  return Sums<A>{max, a.exp + b.exp, a.dot + b.dot, a.mass + b.mass, a.entropy + b.entropy, a.q_dot + b.q_dot,
+      a.q_mass + b.q_mass, a.at};
 }
 
 // Lane 0 of every LANES lanes gets their sums, in a fixed order; all lanes of the warp take part.
-template <int LANES, typename A> __device__ __forceinline__ Sums<A> combine_lanes(Sums<A> sums, const Wanted& want) {
+template <int LANES, typename A>
+__device__ __forceinline__ Sums<A> combine_lanes(Sums<A> sums, const Wanted& want) {
 #pragma unroll
   for (int step = LANES / 2; step > 0; step /= 2) {
     Sums<A> other = nothing<A>();
@@ -301,7 +318,8 @@ __device__ __forceinline__ Sums<A> combine_block(Sums<A> sums, const Wanted& wan
 // ------------------------------------------------------------------------------------------------ one row
 
 // What the gradient needs of a row; read once per row and handed to all its threads.
-template <typename A> struct Row {
+template <typename A>
+struct Row {
   A max, log_sum;  // M, S
   A pull;          // A + 2λ·m·(M + S)
   A scale;
@@ -325,7 +343,8 @@ __device__ __forceinline__ Row<Acc<T>> open_row(const Problem<T>& p, i64 n, Acc<
   return row;
 }
 
-template <typename A> __device__ __forceinline__ A pull_of(A mass, A z_loss, A m, A max, A log_sum) {
+template <typename A>
+__device__ __forceinline__ A pull_of(A mass, A z_loss, A m, A max, A log_sum) {
   return z_loss == 0 ? mass : mass + 2 * z_loss * m * (max + log_sum);  // A + 2λ·m·(M + S)
 }
 
@@ -371,18 +390,20 @@ __device__ __forceinline__ Row<Acc<T>> finish(
   return row;
 }
 
-// The gradients of the columns [c, c + V) of row n; V ≤ 4.
+// The gradients of a group of row n.
 template <typename T, bool DENSE, int V>
 __device__ __forceinline__ Pack<T, V> gradient_group(
-    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, i64 c, const Pack<T, V>& pack) {
+    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, const Pack<T, V>& group) {
   typedef Acc<T> A;
   A z[V], tanh[V], y[V], q[V];
-  final_logits<T, V>(p, c, pack, z, tanh);
-  target_pack<T, DENSE, V>(p, n, c, y, q);
+  final_logits<T, V>(p, at, group, z, tanh);
+  target_group<T, DENSE, V>(p, n, at, y, q);
+  const i64 offset = row.hot - at.c;
+  const int hot = offset >= 0 && offset < V ? (int)offset : -1;
   Pack<T, V> grad;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    if (!DENSE && c + i == row.hot) y[i] += row.y_hot;
+    if (!DENSE && i == hot) y[i] += row.y_hot;
     const A prob = exp_of(z[i] - row.max - row.log_sum);
     A g = (row.pull * prob - y[i]) * row.scale;  // ∂L/∂z = (A + 2λ·m·(M + S))·p − y
     if (p.softcap != 0) g *= 1 - tanh[i] * tanh[i];
@@ -391,16 +412,16 @@ __device__ __forceinline__ Pack<T, V> gradient_group(
   return grad;
 }
 
-// The gradients of the columns [c, c + V) of row n: 0, whatever the logits are, in a row that does not count.
+// The gradients of a pack of row n: 0, whatever the logits are, in a row that does not count.
 template <typename T, bool DENSE, int V>
 __device__ __forceinline__ Pack<T, V> gradient(
-    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, i64 c, Pack<T, V> pack) {
-  const int G = Group<V>::N;
+    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, Pack<T, V> pack) {
+  const int G = Group<T, V>::N;
 #pragma unroll 1
   for (int i = 0; i < V; i += G) {
     Pack<T, G> group = first_of<G>(pack);
     if (row.counts) {
-      group = gradient_group<T, DENSE, G>(p, row, n, c + i, group);
+      group = gradient_group<T, DENSE, G>(p, row, n, at.after(i), group);
     } else {
 #pragma unroll
       for (int k = 0; k < G; ++k) group.x[k] = narrow<T>((Acc<T>)0);
@@ -412,23 +433,23 @@ __device__ __forceinline__ Pack<T, V> gradient(
 
 // ------------------------------------------------------------------------------------------------ kernels
 
-// A row by LANES lanes of a warp (a power of two up to 32; blockDim.x / LANES rows per block), or by a block (LANES = 0).
+// A row by LANES lanes of a warp (a power of two up to 32; blockDim.x / LANES rows per block), or by a block (LANES =
+// 0). KEEP = 0: forward only. Else both sweeps, or with grad_nc null forward only:
 //
 //   device memory ──► kept (KEEP packs per lane), then stage ──► gradient ──► device memory
 //                         └─► absorb ─► lanes ─► warps ─► finish ─► M, S, A ─┘
 //
 // kept is a ring of registers: each turn of the first loop puts a pack in at the end, each turn of the second takes the
-// first. stage is shared memory, for blocks only. Without grad_nc, stage is not used; with it, the row must fit.
-// grad_nc may be logits_nc: a row is on chip before its first gradient is written.
+// first. stage is shared memory, for blocks only; with a grad_nc the row must fit. grad_nc may be logits_nc: a row is
+// on chip before its first gradient is written.
 template <typename T, bool DENSE, int LANES, int V, int KEEP>
-__global__ void __launch_bounds__(LANES ? 256 : sizeof(T) == 8 ? 512 : 1024)
-    ce_rows(PROBLEM_PARAMETERS(T), ROWS_PARAMETERS(Acc<T>), const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc,
-            i64 grad_stride) {
+__global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_rows(PROBLEM_PARAMETERS(T),
+    ROWS_PARAMETERS(Acc<T>), const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc, i64 grad_stride) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
   Row<A>* const row_of_block = reinterpret_cast<Row<A>*>(shared);  // 64 bytes
-  Sums<A>* const warps = reinterpret_cast<Sums<A>*>(shared + 4);   // 32 of them
-  Pack<T, V>* const stage = reinterpret_cast<Pack<T, V>*>(shared + 4 + 32 * sizeof(Sums<A>) / 16);
+  Sums<A>* const warps = reinterpret_cast<Sums<A>*>(shared + 4);   // 16 of them
+  Pack<T, V>* const stage = reinterpret_cast<Pack<T, V>*>(shared + 4 + 16 * sizeof(Sums<A>) / 16);
 
   const Problem<T> p = PROBLEM(T);
   const Wanted want = wanted<DENSE>(p, entropy_n);
@@ -438,21 +459,29 @@ __global__ void __launch_bounds__(LANES ? 256 : sizeof(T) == 8 ? 512 : 1024)
   const bool exists = n < N;  // rows past the end have no packs, but their lanes take part in the shuffles
   const T* logits = logits_nc + (exists ? n : 0) * stride;
   const int lead = lead_of<T, V>(logits);
-  const i64 packs = exists ? (C + lead + V - 1) / V : 0;
-  const i64 turns = LANES ? KEEP : KEEP + max_of(0, (packs - KEEP * lanes + lanes - 1) / lanes);
+  const int packs = exists ? packs_of<V>(lead, C) : 0;
+  const int turns = LANES ? KEEP : max_of(KEEP, (packs + lanes - 1) / lanes);
 
+  // With KEEP, pack k is on its way while pack k − 1 is taken in: few such blocks fit a processor, and one load a
+  // thread would leave the memory idle. The forward sweep alone has more blocks instead.
+  const int AHEAD = KEEP ? 1 : 0;
   Sums<A> sums = nothing<A>();
-  Pack<T, V * KEEP> kept;
+  Pack<T, V*(KEEP ? KEEP : 1)> kept;
+  Pack<T, V> pack;
 #pragma unroll 1
-  for (i64 k = 0; k < turns; ++k) {
-    const i64 j = lane + k * lanes, c = j * V - lead;
-    Pack<T, V> pack = first_of<V>(kept);  // whatever it is
-    if (j < packs) {
-      pack = load_pack<T, V>(logits, c, C, narrow<T>((A)0));
-      absorb<T, DENSE, V>(sums, p, want, n, c, pack);
-      if (!LANES && k >= KEEP && grad_nc) stage[j - KEEP * lanes] = pack;  // read back by this thread alone: no barrier
+  for (int k = 0; k < turns + AHEAD; ++k) {
+    const int next_j = lane + k * lanes, j = next_j - AHEAD * lanes;
+    Pack<T, V> next = pack;  // whatever it is
+    if (next_j < packs) next = load_pack<T, V>(logits, span_of<V>(next_j, lead, C), narrow<T>((A)0));
+    if (!AHEAD) pack = next;
+    if (k >= AHEAD) {
+      if (j < packs) {
+        absorb<T, DENSE, V>(sums, p, want, n, span_of<V>(j, lead, C), pack);
+        if (!LANES && KEEP && k > KEEP && grad_nc) stage[j - KEEP * lanes] = pack;  // read back by this thread alone
+      }
+      if (KEEP && k <= KEEP) turn(kept, pack);
     }
-    if (LANES || k < KEEP) turn(kept, pack);
+    pack = next;
   }
 
   Row<A> row;
@@ -474,24 +503,28 @@ __global__ void __launch_bounds__(LANES ? 256 : sizeof(T) == 8 ? 512 : 1024)
     sums = combine_block(sums, want, warps);
     if (threadIdx.x == 0) {
       row = finish<T, DENSE>(p, ROWS(A), want, n, sums);
-      if (grad_nc) row.scale = load(row_scale_n + n * scale_stride);
-      *row_of_block = row;
+      if (KEEP && grad_nc) {
+        row.scale = load(row_scale_n + n * scale_stride);
+        *row_of_block = row;
+      }
     }
-    if (!grad_nc) return;
+    if (!KEEP || !grad_nc) return;
     __syncthreads();  // all read what thread 0 wrote
     row = *row_of_block;
   }
 
+  if (!KEEP) return;
   T* grad = grad_nc + n * grad_stride;
   const bool wide = lead_of<T, V>(grad) == lead;
 #pragma unroll 1
-  for (i64 k = 0; k < turns; ++k) {
-    const i64 j = lane + k * lanes, c = j * V - lead;
-    Pack<T, V> pack = first_of<V>(kept);
-    if (LANES || k < KEEP) turn(kept, pack);
+  for (int k = 0; k < turns; ++k) {
+    const int j = lane + k * lanes;
+    Pack<T, V> mine = first_of<V>(kept);
+    if (k < KEEP) turn(kept, mine);
     if (j < packs) {
-      if (!LANES && k >= KEEP) pack = stage[j - KEEP * lanes];
-      store_pack(grad, c, C, wide, gradient<T, DENSE, V>(p, row, n, c, pack));
+      if (!LANES && k >= KEEP) mine = stage[j - KEEP * lanes];
+      const Span at = span_of<V>(j, lead, C);
+      store_pack(grad, at, wide, gradient<T, DENSE, V>(p, row, n, at, mine));
     }
   }
 }
@@ -507,11 +540,12 @@ __global__ void __launch_bounds__(256, 4)
   const i64 n = blockIdx.x / splits, s = blockIdx.x % splits;
   const T* logits = logits_nc + n * stride;
   const int lead = lead_of<T, V>(logits);
-  const i64 packs = (C + lead + V - 1) / V, last = min_of((s + 1) * packs_each, packs);
+  const i64 last = min_of((s + 1) * packs_each, packs_of<V>(lead, C));
   Sums<A> sums = nothing<A>();
   for (i64 j = s * packs_each + threadIdx.x; j < last; j += blockDim.x) {
-    const i64 c = j * V - lead;
-    absorb<T, DENSE, V>(sums, p, want, n, c, load_pack<T, V>(logits, c, C, narrow<T>((A)0)));
+    const Span at = span_of<V>(j, lead, C);
+    Pack<T, V> pack = load_pack<T, V>(logits, at, narrow<T>((A)0));
+    absorb<T, DENSE, V>(sums, p, want, n, at, pack);
   }
   sums = combine_block(sums, want, reinterpret_cast<Sums<A>*>(shared));
   if (threadIdx.x == 0) {
@@ -541,20 +575,19 @@ __global__ void __launch_bounds__(128)
     for (i64 s = lane; s < splits; s += 32) {
       const A* from = sums_ns + (n * splits + s) * SUMS;
       sums = combine(sums, Sums<A>{load(from + 0), load(from + 1), load(from + 2), load(from + 3), load(from + 4),
-                                   load(from + 5), load(from + 6), load(at_ns + n * splits + s)});
+                               load(from + 5), load(from + 6), load(at_ns + n * splits + s)});
     }
   }
   sums = combine_lanes<32>(sums, want);
   if (lane == 0 && n < N) finish<T, DENSE>(p, ROWS(A), want, n, sums);
 }
 
-// Gradients from M, S and A. A block is blockDim.x / lanes rows of `lanes` threads, a power of two; a thread writes up to
-// `each` packs, `lanes` apart; block b of a group of rows is its tile b % tiles.
+// Gradients from M, S and A. A block is blockDim.x / lanes rows of `lanes` threads, a power of two; a thread writes up
+// to `each` packs, `lanes` apart; block b of a group of rows is its tile b % tiles.
 template <typename T, bool DENSE, int V>
 __global__ void __launch_bounds__(256, 4)
     ce_backward(PROBLEM_PARAMETERS(T), const Acc<T>* row_max_n, const Acc<T>* log_sum_n, const Acc<T>* mass_n,
-                const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc, i64 grad_stride, int lanes, int each,
-                i64 tiles) {
+        const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc, i64 grad_stride, int lanes, int each, i64 tiles) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
   Row<A>* const rows = reinterpret_cast<Row<A>*>(shared);  // one per row of the block
@@ -580,13 +613,14 @@ __global__ void __launch_bounds__(256, 4)
   T* grad = grad_nc + n * grad_stride;
   const int lead = lead_of<T, V>(logits);
   const bool wide = lead_of<T, V>(grad) == lead;
-  const i64 packs = (C + lead + V - 1) / V;
+  const int packs = packs_of<V>(lead, C);
   for (int k = 0; k < each; ++k) {
-    const i64 j = (tile * each + k) * lanes + lane, c = j * V - lead;
+    const i64 j = (tile * each + k) * lanes + lane;
     if (j >= packs) return;
+    const Span at = span_of<V>(j, lead, C);
     Pack<T, V> pack{};  // a row that does not count is not read
-    if (row.counts) pack = load_pack<T, V>(logits, c, C, narrow<T>((A)0));
-    store_pack(grad, c, C, wide, gradient<T, DENSE, V>(p, row, n, c, pack));
+    if (row.counts) pack = load_pack<T, V>(logits, at, narrow<T>((A)0));
+    store_pack(grad, at, wide, gradient<T, DENSE, V>(p, row, n, at, pack));
   }
 }
 
@@ -604,9 +638,8 @@ __device__ __forceinline__ void combine_ids(double& count, i64& bad) {
 // Stage one of checking class ids: brings them to the form of swl/targets.py, gathers the row weights m, and leaves for
 // each block Σ m and its first row out of range (N where there is none).
 template <typename I, typename A>
-__global__ void __launch_bounds__(256)
-    prepare_ids(const I* ids_in, i64 ids_stride, i64 N, i64 n_classes, i64 ignore_index, const A* weight_c, i64* ids_n,
-                A* row_weight_n, double* count_b, i64* bad_b) {
+__global__ void __launch_bounds__(256) prepare_ids(const I* ids_in, i64 ids_stride, i64 N, i64 n_classes,
+    i64 ignore_index, const A* weight_c, i64* ids_n, A* row_weight_n, double* count_b, i64* bad_b) {
   DYNAMIC_SHARED(shared);
   double* const counts = reinterpret_cast<double*>(shared);  // one per warp
   i64* const bads = reinterpret_cast<i64*>(counts + blockDim.x / 32);
@@ -641,11 +674,11 @@ __global__ void __launch_bounds__(256)
 }
 
 // Stage two, one warp: Σ m in a fixed order, and the first bad row of all. error_5 = {set, row, id, n_classes,
-// ignore_index} keeps the first error until the host has read it; the integer atomic lets one of several streams have it.
+// ignore_index} keeps the first error until the host has read it; the integer atomic lets one of several streams have
+// it.
 template <typename I>
-__global__ void __launch_bounds__(32)
-    finish_ids(const I* ids_in, i64 ids_stride, i64 N, i64 n_classes, i64 ignore_index, i64 blocks,
-               const double* count_b, const i64* bad_b, double* count, unsigned long long* error_5) {
+__global__ void __launch_bounds__(32) finish_ids(const I* ids_in, i64 ids_stride, i64 N, i64 n_classes,
+    i64 ignore_index, i64 blocks, const double* count_b, const i64* bad_b, double* count, unsigned long long* error_5) {
   double total = 0;
   i64 bad = N;
   for (i64 b = threadIdx.x; b < blocks; b += 32) {

@@ -262,7 +262,7 @@ class CupyBackend:
                         code=source(group[0]), options=OPTIONS, name_expressions=instances()[group]
                     )
                 found = self._modules[group].get_function(name)
-                if name.startswith("ce_rows") and name.endswith(f", {_KEEP_BLOCK}>"):
+                if name.startswith("ce_rows") and ", 0, " in name and not name.endswith(", 0>"):
                     found.max_dynamic_shared_size_bytes = device.limits.shared
                 device.kernels[name] = found
         return found
@@ -567,6 +567,7 @@ class CupyBackend:
             acc(target.hot),
             acc(target.rest),
             acc(target.softcap),
+            acc(1 / target.softcap if target.softcap else 0),
             acc(target.z_loss),
             acc(target.hot + target.rest * C),
             acc(target.rest * C),

@@ -38,7 +38,7 @@ class Forbidden(AssertionError):
 # ------------------------------------------------------------------------------------------------ waiting
 
 _INSIDE = ("swl.functional", "swl.layers", "swl.optim", "swl.targets", "swl.backends", "swl.linear", "swl.head")
-_MAY_WAIT = frozenset(("check", "info", "state_dict"))
+_MAY_WAIT = frozenset(("check", "info", "state_dict", "_number"))  # the last puts values into error messages
 
 
 def _caller_in_swl(but: frozenset[str]) -> str | None:
@@ -217,6 +217,12 @@ class ndarray:  # noqa: N801 - CuPy's name
 
     def transpose(self, *axes: Any) -> ndarray:
         return ndarray(self._host.transpose(*axes), self._device)
+
+    def swapaxes(self, axis1: int, axis2: int) -> ndarray:
+        return ndarray(self._host.swapaxes(axis1, axis2), self._device)
+
+    def squeeze(self, axis: Any = None) -> ndarray:
+        return ndarray(self._host.squeeze(axis), self._device)
 
     def _reduced(self, name: str, axis: Any, dtype: Any, keepdims: bool) -> ndarray:
         kwargs = {"dtype": dtype} if name in ("sum", "mean") else {}
