@@ -47,6 +47,9 @@ from swl.targets import IGNORED
 BLOCK = 4096
 """Classes between two looks at the running maximum (docs/performance.md)."""
 
+AHEAD = 64
+"""Vectors between a store and the prefetch of the lines it will write (docs/performance.md)."""
+
 FORWARD, BACKWARD, STATS = 1, 2, 4
 LOSS, ROW_MAX, LOG_SUM, TARGET_DOT, MASS, ENTROPY, LOG_PROB = range(7)
 
@@ -127,7 +130,7 @@ def _exp(x: Any) -> Any:
 
 
 @njit(**_inner)
-def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any, out: Any) -> Any:
+def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any) -> Any:
     """M, S and the dense part's d and A; a block at a time, all relative to the maximum so far.
 
     Unless they are None, `exps` gets exp(z − base) of each class, in units of `exp_unit`, and `bases` each block's base.
@@ -155,8 +158,6 @@ def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any, out: Any) -
         sums = splat(zero), splat(zero), splat(zero)
         for j in range(start, full, step):
             prefetch_read(row, j + BLOCK, low)
-            if exps is not None:
-                prefetch_write(out, j, low)
             sums = _add_up(row, extras, j, None, low, splat(base), exps, sums)
         if full < stop:
             sums = _add_up(row, extras, full, stop, low, splat(base), exps, sums)
@@ -206,6 +207,7 @@ def _backward(
         full = stop - (stop - start) % step
         k = splat(pull * exp_unit(low) * _exp(bases[start // BLOCK] - M - S))
         for j in range(start, full, step):
+            prefetch_write(out, j + AHEAD * step, low)
             store(out, j, _gradient(row, extras, j, None, low, exps, k, c, zero))
         if full < stop:
             g = _gradient(row, extras, full, stop, low, exps, k, c, zero)
@@ -281,9 +283,9 @@ def _sweep(
             continue
 
         if not flags & BACKWARD:
-            M, S, d, A = _forward(row, None, low, None, None, None) if plain else _forward(row, extras, low, None, None, None)
+            M, S, d, A = _forward(row, None, low, None, None) if plain else _forward(row, extras, low, None, None)
         else:
-            M, S, d, A = _forward(row, None, low, e, bases, row_of(out, n)) if plain else _forward(row, extras, low, e, bases, row_of(out, n))
+            M, S, d, A = _forward(row, None, low, e, bases) if plain else _forward(row, extras, low, e, bases)
         if flags & FORWARD:
             if of_ids and not weight.size:
                 A = scalar(zero, rest * C + (hot if hit >= 0 else 0.0))  # exactly 1 over all classes
