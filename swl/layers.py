@@ -66,9 +66,12 @@ class Layer:
         RuntimeError
             If there was no `backward` yet.
         """
-        found = {name: getattr(self, "d" + name) for name in self.parameters()}
-        if any(g is None for g in found.values()):
-            raise RuntimeError(f"{type(self).__name__} has no gradients: call backward first")
+        found = {}
+        for name in self.names:
+            if getattr(self, name) is not None:
+                found[name] = getattr(self, "d" + name)
+                if found[name] is None:
+                    raise RuntimeError(f"{type(self).__name__} has no gradients: call backward first")
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -369,11 +372,14 @@ class SoftmaxWithLoss(Layer):
     def _inputs(self, x: Any, t: Any) -> tuple[Any, Any, Options]:
         """Bring target and options to where the scores are."""
         options = self.options
+        plain = options.weight is None and options.sample_weight is None
+        if plain and type(x) is type(t) is np.ndarray:
+            return x, t, options  # the function brings the two where they belong
         backend = resolve(options.backend, {"x": x})
         if type(x) is not np.ndarray or backend.xp is not np:
             x = backend.asarray(x)
         t = _bring(backend, "t", t)
-        if options.weight is None and options.sample_weight is None:
+        if plain:
             return x, t, options
         home = backend.name, str(getattr(x, "device", ""))
         if home not in self._placed:
