@@ -109,9 +109,13 @@ class Case:
         return acc_dtype(self.logits.dtype)
 
     def on(self, backend: Any) -> tuple[Any, Any, dict[str, Any], Any]:
-        """Bring everything to the backend: logits, target, options, dout."""
-        options = {k: backend.array(v) if isinstance(v, np.ndarray) else v for k, v in self.options.items()}
-        dout = backend.array(self.dout) if isinstance(self.dout, np.ndarray) else self.dout
+        """Bring everything to the backend: logits and target read-only, then options and dout."""
+
+        def vector(x: Any) -> Any:
+            return backend.array(x, writeable=True) if isinstance(x, np.ndarray) else x
+
+        options = {name: vector(value) for name, value in self.options.items()}
+        dout = vector(self.dout)
         return (
             place(backend, self.logits, self.layout),
             place(backend, self.target, self.layout),

@@ -80,6 +80,16 @@ class On:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[On]:
     """Every backend of the registry in turn, active for the length of the test."""
+    yield from _use(request, monkeypatch)
+
+
+@pytest.fixture(params=[name for name in _REGISTRY if _REGISTRY[name][1] == "host"])
+def host_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[On]:
+    """Every backend whose arrays are NumPy's."""
+    yield from _use(request, monkeypatch)
+
+
+def _use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[On]:
     name = request.param
     if name == "cupy-emulated" and NO_EMULATOR:
         pytest.skip(NO_EMULATOR)
