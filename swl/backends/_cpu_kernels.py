@@ -164,10 +164,10 @@ def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any) -> Any:
         s += sum_lanes(sums[0]) * exp_unit(low)
         d += sum_lanes(sums[1])
         A += sum_lanes(sums[2])
-    if M == low:
-        s = scalar(zero, np.nan)  # nothing but −inf, or NaN
     if s != s and M < np.inf:
         M = scalar(zero, np.nan)
+    elif M == low:
+        s = scalar(zero, np.nan)  # nothing but −inf
     return M, scalar(zero, np.log(np.float64(s))), d, A  # a float32 logarithm may be off by an ulp
 
 

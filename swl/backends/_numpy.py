@@ -63,9 +63,9 @@ class NumpyBackend:
         q, y, m = _target_rows(z, target)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             M = z.max(axis=1, initial=-np.inf)
-            u = z - M[:, None]
-            e = np.exp(u)
-            S = np.log(e.sum(axis=1))
+            u = z - np.where(M == -np.inf, 0, M)[:, None].astype(z.dtype)
+            S = np.log(np.exp(u).sum(axis=1, dtype=np.float64)).astype(z.dtype)
+            S[M == -np.inf] = np.nan  # nothing but −inf
             A = _mass(y, target)
             d = _dot(y, u)
             loss = A * S - d + target.z_loss * m * (M + S) ** 2
@@ -74,7 +74,7 @@ class NumpyBackend:
             if not stats:
                 return Rows(loss, M, S, d, A)
             p = np.exp(u - S[:, None])
-            log_prob = _dot(q, u) - q.sum(axis=1) * S
+            log_prob = _dot(q, u - S[:, None])
             if target.ids is not None:
                 log_prob[target.ids == IGNORED] = 0
             return Rows(loss, M, S, d, A, S - _dot(p, u), log_prob, z.argmax(axis=1))

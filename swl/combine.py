@@ -1,0 +1,100 @@
+"""Rows of one loss from rows of its shards: what chunks of classes and class-parallel ranks both end with.
+
+With ``Δ_k = M_k − M`` for shard k and ``M = max_k M_k``::
+
+    S = log Σ_k exp(S_k + Δ_k)        A = Σ_k A_k        d = Σ_k (d_k + A_k·Δ_k)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from swl.backends import Rows
+from swl.targets import IGNORED, INVALID, Target
+
+__all__ = ["combine", "row_loss"]
+
+
+def row_loss(xp: Any, rows: Rows, target: Target) -> Any:
+    """loss = A·S − d + λ·m·(M + S)²; 0 for an ignored row, NaN for an invalid one."""
+    loss = rows.mass * rows.log_sum - rows.target_dot
+    if target.z_loss:
+        lse = rows.row_max + rows.log_sum
+        square = lse * lse if target.row_weight is None else target.row_weight * lse * lse
+        loss = loss + loss.dtype.type(target.z_loss) * square
+    if target.ids is None:
+        return loss
+    loss = xp.where(target.ids == IGNORED, loss.dtype.type(0), loss)
+    return xp.where(target.ids == INVALID, loss.dtype.type(np.nan), loss)
+
+
+def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int], plain_mass: Sequence[Any]) -> Rows:
+    """Combine the rows of all shards of the classes.
+
+    Parameters
+    ----------
+    xp : numpy or cupy
+    parts : Rows of each shard, in the order of the classes
+    target : Target
+        Of the whole; its `row_weight` must know every class id.
+    starts : first class of each shard
+    plain_mass : Σ_c q_c of each shard, (N,) or a number
+        The target's mass in it, without weights or smoothing; read only where statistics were asked for.
+
+    Returns
+    -------
+    Rows
+    """
+    with np.errstate(invalid="ignore"):
+        tops = xp.stack([part.row_max for part in parts])
+        M = tops.max(axis=0)
+        shifts = xp.where(tops == M, tops.dtype.type(0), tops - M)  # also where both are infinite
+        shifts = xp.where(xp.isnan(M), M, shifts)
+        # a shard of −inf only has no log_sum of its own, and adds nothing
+        sums = [
+            xp.where(top == -np.inf, top.dtype.type(0), xp.exp(part.log_sum + shift))
+            for top, part, shift in zip(tops, parts, shifts, strict=True)
+        ]
+        total = _sum(sums)
+        S = xp.log(xp.where(M == -np.inf, M.dtype.type(np.nan), total).astype(np.float64)).astype(M.dtype)
+        A = _sum([part.mass for part in parts])
+        d = _sum([part.target_dot + _times(xp, part.mass, shift) for part, shift in zip(parts, shifts, strict=True)])
+        rows = Rows(M, M, S, d, A)
+        rows = rows._replace(loss=row_loss(xp, rows, target))
+        if parts[0].entropy is None:
+            return rows
+        # Σ_c p_c·u_c is S_k − H_k within shard k, relative to its own maximum
+        expected = _sum(
+            [
+                xp.where(e == 0, e, e * (part.log_sum - part.entropy + shift))
+                for e, part, shift in zip(sums, parts, shifts, strict=True)
+            ]
+        )
+        log_prob = _sum(
+            [
+                xp.where(q == 0, S.dtype.type(0), xp.where(top == -np.inf, top, part.log_prob + q * (part.log_sum + shift - S)))
+                for q, top, part, shift in zip(plain_mass, tops, parts, shifts, strict=True)
+            ]
+        )
+        best = tops.argmax(axis=0)[None]
+        argmax = xp.stack([part.argmax + start for part, start in zip(parts, starts, strict=True)])
+        argmax = xp.take_along_axis(argmax, best, axis=0)[0]
+        if target.ids is not None:
+            log_prob = xp.where(target.ids < 0, log_prob.dtype.type(0), log_prob)
+        return rows._replace(entropy=S - expected / total, log_prob=log_prob, argmax=argmax)
+
+
+def _sum(terms: list[Any]) -> Any:
+    """Add in the order of the shards."""
+    result = terms[0]
+    for term in terms[1:]:
+        result = result + term
+    return result
+
+
+def _times(xp: Any, mass: Any, value: Any) -> Any:
+    """mass·value, and 0 without mass, at −inf too."""
+    return xp.where(mass == 0, value.dtype.type(0), mass * value)

@@ -1,0 +1,342 @@
+"""Affine, softmax and cross-entropy in chunks, so that the (N, C) logits are never stored.
+
+A chunk is a block of the logits. While it is at hand its loss is taken and its gradient written over it, which then gives its
+share of all gradients: three matrix products in all, as many as with stored logits. Only where the budget does not hold the
+logits of a few rows are the classes cut too; then a first sweep finds each row's M and S, and a second one forms the logits
+again::
+
+    rows (chunks of rows, whole)           classes (chunks of both)
+    logits = x[r]·W                        for each c:  logits = x[r]·W[:, c];  rows_c = forward(logits)
+    G = forward_backward(logits)           rows = combine(rows_c)
+    dx[r] = G·Wᵀ                           for each c:  logits = x[r]·W[:, c];  G = backward(logits, rows)
+    dW += x[r]ᵀ·G                                       dx[r] += G·W[:, c]ᵀ;  dW[:, c] += x[r]ᵀ·G
+
+The bias is folded into the loss kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from swl.backends import Rows
+from swl.combine import combine
+from swl.functional import Problem
+from swl.targets import Target
+
+__all__ = ["DEFAULT_BUDGET", "Plan", "plan", "sweep"]
+
+DEFAULT_BUDGET = 256 * 2**20
+"""Bytes of working memory when the caller names none (docs/performance.md, "The fused head")."""
+
+MIN_ROWS = 64
+"""Rows below which a product of whole rows is no longer efficient, and classes are cut instead."""
+
+
+class Plan(NamedTuple):
+    """How a fused head is cut; printing it says so in words."""
+
+    N: int
+    D: int
+    C: int
+    rows: int
+    """Rows of a chunk."""
+    classes: int
+    """Classes of a chunk; C where only rows are cut."""
+    tile: int
+    """Classes of ``dW`` that are added to at a time."""
+    itemsize: int
+    """Bytes of a number in the arithmetic."""
+    products: int
+    """Matrix products of N·D·C multiply-adds each."""
+    memory_budget: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in all."""
+        return -(-self.N // self.rows) * -(-self.C // self.classes) if self.N else 0
+
+    @property
+    def bytes(self) -> int:
+        """Working memory: a chunk's logits, and the temporaries of what is added up over chunks."""
+        several_rows, several_classes = self.rows < self.N, self.classes < self.C
+        return self.itemsize * (
+            self.rows * self.classes
+            + (2 * self.D * self.tile if several_rows else 0)
+            + (2 * self.rows * self.D if several_classes else 0)
+        )
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the products."""
+        return 2 * self.products * self.N * self.D * self.C
+
+    def __str__(self) -> str:
+        return (
+            f"linear_cross_entropy of {self.N} rows, {self.D} inputs, {self.C} classes\n"
+            f"  chunks  {self.chunks} of {self.rows} rows × {self.classes} classes\n"
+            f"  memory  {self.bytes / 2**20:.1f} MiB of a budget of {self.memory_budget / 2**20:.1f} MiB; "
+            f"all logits are {self.N * self.C * self.itemsize / 2**20:.1f} MiB\n"
+            f"  work    {self.products} products, {self.flops / 1e9:.1f} Gflop"
+        )
+
+
+def plan(
+    N: int,
+    D: int,
+    C: int,
+    *,
+    dtype: Any = np.float32,
+    needs: Collection[str] = ("dx", "dW", "db"),
+    memory_budget: int = DEFAULT_BUDGET,
+) -> Plan:
+    """Say how `swl.linear_cross_entropy_value_and_grad` cuts a problem.
+
+    Parameters
+    ----------
+    N, D, C : int
+        Rows, inputs, classes.
+    dtype : dtype
+        Of the inputs; float64 computes in float64, all others in float32.
+    needs : collection of {"dx", "dW", "db"}
+        Empty for the loss alone.
+    memory_budget : int
+        Bytes of working memory, inputs and outputs not counted. Below one row of one class it cannot go.
+
+    Returns
+    -------
+    Plan
+        Chunks as large as the budget allows.
+
+    Raises
+    ------
+    ValueError
+        If a size is negative or the budget is not positive.
+
+    Examples
+    --------
+    >>> import swl
+    >>> print(swl.plan(4096, 768, 50257))
+    linear_cross_entropy of 4096 rows, 768 inputs, 50257 classes
+      chunks  4 of 1024 rows × 50257 classes
+      memory  208.3 MiB of a budget of 256.0 MiB; all logits are 785.3 MiB
+      work    3 products, 1235.0 Gflop... 
+    """
+    for name, size in (("N", N), ("D", D), ("C", C)):
+        if size < 0:
+            raise ValueError(f"{name} must be at least 0, got {size}")
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int | np.integer):
+        raise TypeError(f"memory_budget must be a number of bytes, an integer, got {memory_budget!r}")
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
+    itemsize = 8 if dtype == np.float64 else 4
+    room = memory_budget // itemsize  # in numbers
+    gradients = len(set(needs) & {"dx", "dW"})
+    tile = max(1, min(C, 2048, room // (16 * max(D, 1))))
+    products = 1 + gradients
+    if N * C <= room:
+        return Plan(N, D, C, max(N, 1), max(C, 1), tile, itemsize, products, memory_budget)
+    rows = (room - (2 * D * tile if "dW" in needs else 0)) // C
+    if rows >= min(N, MIN_ROWS):
+        return Plan(N, D, C, _even(N, rows), C, tile, itemsize, products, memory_budget)
+    rows = max(1, min(N, 4 * MIN_ROWS, room // (4 * max(D, 1))))
+    fixed = (2 * D * tile if rows < N else 0) + 2 * rows * D
+    classes = max(1, min(C, (room - fixed) // rows))
+    return Plan(N, D, C, rows, _even(C, classes), tile, itemsize, products + bool(needs), memory_budget)
+
+
+def _even(total: int, most: int) -> int:
+    """Size of the parts when `total` is cut into as few of at most `most` as can be, all about the same."""
+    parts = -(-total // most)
+    return -(-total // parts)
+
+
+def _cuts(total: int, size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, size):
+        yield start, min(start + size, total)
+
+
+class ChunkedProbabilities:
+    """Target probabilities that a callable gives a chunk at a time, in place of an array ``(N, C)``."""
+
+    def __init__(self, give: Callable[[slice, slice], Any], rows: slice, classes: slice) -> None:
+        self.give, self.rows, self.classes = give, rows, classes
+
+    def __getitem__(self, index: Any) -> ChunkedProbabilities:
+        rows, classes = index if isinstance(index, tuple) else (index, slice(None))
+        return ChunkedProbabilities(self.give, _within(self.rows, rows), _within(self.classes, classes))
+
+    def array(self, problem: Problem) -> Any:
+        """Ask for the chunk, and check what came."""
+        shape = self.rows.stop - self.rows.start, self.classes.stop - self.classes.start
+        return problem.checked_probabilities(self.give(self.rows, self.classes), shape)
+
+
+def _within(outer: slice, inner: slice) -> slice:
+    size = outer.stop - outer.start
+    start, stop, _ = inner.indices(size)
+    return slice(outer.start + start, outer.start + stop)
+
+
+class Gradients(NamedTuple):
+    """Where gradients go; None where not needed."""
+
+    dx: Any
+    dW: Any
+    db: Any
+
+
+def sweep(
+    p: Problem,
+    x: Any,
+    W: Any,
+    cut: Plan,
+    *,
+    row_scale: Any = None,
+    into: Gradients | None = None,
+    known: Rows | None = None,
+    stats: bool = False,
+) -> Rows:
+    """Run the loss of ``x·W + bias`` in chunks, and its gradients if `into` says where to.
+
+    Parameters
+    ----------
+    p : Problem
+        The loss; its target carries the bias.
+    x, W : array, shapes (N, D) and (D, C)
+    cut : Plan
+    row_scale : array, shape (N,) or (1,)
+        As the backends take it.
+    into : Gradients, optional
+        Arrays of the shapes of x, W and (C,), to be overwritten, of float32 or better where chunks add up in them.
+    known : Rows, optional
+        Of an earlier forward sweep: spares a second one where it can.
+    stats : bool
+
+    Returns
+    -------
+    Rows, of all N rows
+    """
+    backend, xp = p.backend, p.backend.xp
+    N, C = x.shape[0], W.shape[1]
+    buffer = backend.empty((min(cut.rows, N), cut.classes), p.acc)
+    parts: list[Rows] = []
+    for r0, r1 in _cuts(N, cut.rows):
+        target = p.target.rows(r0, r1)
+        scale = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[r0:r1]
+        chunk = _Chunk(p, x[r0:r1], W, buffer[: r1 - r0], cut, first=r0 == 0)
+        rows = None if known is None else Rows(*(None if a is None else a[r0:r1] for a in known))
+        mine = None if into is None else into._replace(dx=None if into.dx is None else into.dx[r0:r1])
+        if cut.classes >= C:
+            parts.append(chunk.whole(target, scale, mine, rows, stats))
+            continue
+        if rows is None:
+            rows = chunk.forward(target, stats)
+        if mine is not None:
+            chunk.backward(target, scale, mine, rows)
+        parts.append(rows)
+    if not parts:
+        chunk = _Chunk(p, x, W, buffer, cut, first=True)
+        target = p.target if p.target.ids is not None else p.target._replace(probs=x[:, :0])
+        if into is not None:
+            for gradient in into:
+                if gradient is not None:
+                    gradient[...] = 0
+        empty = xp.zeros(0, p.acc)
+        extra = (empty, empty, xp.zeros(0, np.int64)) if stats else ()
+        return Rows(empty, empty, empty, empty, empty, *extra)
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(*(None if a[0] is None else xp.concatenate(a) for a in zip(*parts, strict=True)))
+
+
+class _Chunk(NamedTuple):
+    """Some rows of the problem, and the memory for their logits."""
+
+    problem: Problem
+    x: Any
+    W: Any
+    buffer: Any
+    cut: Plan
+    first: bool  # of the chunks of rows: what adds up starts here
+
+    def _logits(self, c0: int, c1: int) -> Any:
+        logits = self.buffer[:, : c1 - c0]
+        self.problem.backend.affine_forward(self.x, self.W[:, c0:c1], None, logits)
+        return logits
+
+    def _target(self, target: Target, c0: int, c1: int) -> Target:
+        target = target if (c0, c1) == (0, self.W.shape[1]) else target.classes(c0, c1)
+        if isinstance(target.probs, ChunkedProbabilities):
+            target = target._replace(probs=target.probs.array(self.problem))
+        return target
+
+    def whole(self, target: Target, scale: Any, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
+        """Do rows with all their classes at once."""
+        backend, C = self.problem.backend, self.W.shape[1]
+        target = self._target(target, 0, C)
+        logits = self._logits(0, C)
+        if into is None:
+            return backend.cross_entropy_forward(logits, target, stats)
+        if known is None:
+            rows = backend.cross_entropy_forward_backward(logits, target, scale, logits, stats)
+        else:
+            rows = known
+            backend.cross_entropy_backward(logits, target, rows, scale, logits)
+        if into.dx is not None:
+            backend.affine_backward(logits, self.x, self.W, into.dx, None, None)
+        self._add(logits, into, 0, C)
+        return rows
+
+    def forward(self, target: Target, stats: bool) -> Rows:
+        """Sweep over chunks of classes: the loss."""
+        xp = self.problem.backend.xp
+        parts, starts, plain = [], [], []
+        for c0, c1 in _cuts(self.W.shape[1], self.cut.classes):
+            here = self._target(target, c0, c1)
+            parts.append(self.problem.backend.cross_entropy_forward(self._logits(c0, c1), here, stats))
+            starts.append(c0)
+            if stats:
+                plain.append(plain_mass(xp, here, c1 - c0, self.problem.acc))
+        return combine(xp, parts, target, starts, plain or [None] * len(parts))
+
+    def backward(self, target: Target, scale: Any, into: Gradients, rows: Rows) -> None:
+        """Sweep over chunks of classes: the gradients."""
+        backend = self.problem.backend
+        dx = share = None
+        for c0, c1 in _cuts(self.W.shape[1], self.cut.classes):
+            logits, here = self._logits(c0, c1), self._target(target, c0, c1)
+            backend.cross_entropy_backward(logits, here, rows, scale, logits)
+            if into.dx is not None:
+                if dx is None:
+                    dx, share = (backend.empty(self.x.shape, self.problem.acc) for _ in range(2))
+                    backend.affine_backward(logits, self.x, self.W[:, c0:c1], dx, None, None)
+                else:
+                    backend.affine_backward(logits, self.x, self.W[:, c0:c1], share, None, None)
+                    dx += share
+            self._add(logits, into, c0, c1)
+        if into.dx is not None:
+            into.dx[...] = dx
+
+    def _add(self, G: Any, into: Gradients, c0: int, c1: int) -> None:
+        """``dW[:, c0:c1] += xᵀ·G`` and ``db[c0:c1] += Σ G``; a tile at a time where there is something to add to."""
+        if into.dW is None and into.db is None:
+            return
+        tile = c1 - c0 if self.first else self.cut.tile
+        for t0, t1 in _cuts(c1 - c0, tile):
+            columns = slice(c0 + t0, c0 + t1)
+            dW = None if into.dW is None else into.dW[:, columns]
+            db = None if into.db is None else into.db[columns]
+            self.problem.backend.affine_backward(
+                G[:, t0:t1], self.x, self.W[:, columns], None, dW, db, accumulate=not self.first
+            )
+
+
+def plain_mass(xp: Any, target: Target, n_classes: int, acc: Any) -> Any:
+    """Σ_c q_c over the target's classes: the target's mass there without weights or smoothing, shape (N,)."""
+    if target.ids is None:
+        return target.probs.sum(axis=1, dtype=acc)
+    local = target.ids - target.first_class
+    return ((local >= 0) & (local < n_classes) & (target.ids >= 0)).astype(acc)
