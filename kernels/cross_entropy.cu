@@ -14,11 +14,10 @@
 //   finish     turns the sums of a whole row into what is stored of it
 //   gradient   turns a pack of logits into a pack of gradients
 //
-//   ce_rows<T, DENSE, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0); forward, or both
-//   sweeps
-//                                  with the row kept on chip between them
-//   ce_partial + ce_combine        a row by several blocks: their sums meet in a second kernel
-//   ce_backward                    gradients from M, S and A
+//   ce_rows<T, DENSE, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0): forward, or both sweeps
+//                                       with the row kept on chip between them
+//   ce_partial + ce_combine             a row by several blocks: their sums meet in a second kernel
+//   ce_backward                         gradients from M, S and A
 //
 // Names: logits_nc is a matrix (N, C) of rows `stride` elements apart; loss_n has one value per row.
 
@@ -484,7 +483,7 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
     pack = next;
   }
 
-  Row<A> row;
+  Row<A> row{};
   if (LANES) {
     sums = combine_lanes<LANES ? LANES : 32>(sums, want);
     if (lane == 0 && exists) {

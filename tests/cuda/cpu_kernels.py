@@ -88,7 +88,7 @@ class Library:
     """Compiled kernels, by name."""
 
     def __init__(self, source: str, names: Sequence[str], optimise: str = "-O2") -> None:
-        self.names = list(names)
+        self.names, self.source = list(names), source
         self._library = ctypes.CDLL(str(build(source, names, (optimise, "-fPIC", "-shared"))))
         self._library.shim_signature.restype = ctypes.c_char_p
         self.signatures = {name: self._signature(i) for i, name in enumerate(self.names)}

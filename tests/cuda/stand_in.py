@@ -573,7 +573,7 @@ def _legal_geometry(name: str, grid: Any, block: Any, shared: int, most_shared: 
         *["a block beyond (1024, 1024, 64)"] * (max(block[:2]) > 1024 or block[2] > 64),
         *["warps that are not full"] * (threads % 32 != 0),
         *[f"{shared} bytes of shared memory, {most_shared} allowed"] * (shared > most_shared),
-        *["an opt-in beyond the device's shared memory"] * (most_shared > ATTRIBUTES["MaxSharedMemoryPerBlockOptin"]),
+        *["an opt-in beyond the device's shared memory"] * (most_shared > max(48 * 1024, ATTRIBUTES["MaxSharedMemoryPerBlockOptin"])),
     ]
     if problems:
         raise Forbidden(f"{name}, grid {grid}, block {block}: {'; '.join(problems)}")

@@ -1,0 +1,155 @@
+"""Calls that between them enter every branch of the kernels: each variant, dtype and target, rows that start and end off a
+16-byte boundary, every option, rows that are ignored or invalid. On a device made small, so that the shapes can be small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import stand_in
+
+from swl.backends import Rows
+from swl.targets import Target
+
+DTYPES = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
+
+class Case(NamedTuple):
+    """A sweep over logits (N, C) whose rows start `offset` elements after a boundary and are C + `gap` apart."""
+
+    variant: str
+    dtype: np.dtype[Any]
+    N: int
+    C: int
+    offset: int = 0
+    gap: int = 0
+    dense: str = ""  # dtype of probabilities; "": class ids
+    options: str = ""  # of "weight smoothing bias softcap z_loss shard stats"
+    out: str = "new"  # "new", "same": in place, "shifted": off the logits' boundary
+    processors: int = 2
+    shared: int = 4096
+
+    def __str__(self) -> str:
+        what = f"{self.dense or 'ids'} {self.options}".strip().replace(" ", "-")
+        return f"{self.variant}-{self.dtype.name}-{self.N}x{self.C}-at{self.offset}+{self.gap}-{what}-{self.out}"
+
+
+ALL = "weight smoothing bias softcap z_loss stats"
+
+
+def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
+    """Every branch, once for each dtype."""
+    for dtype in dtypes:
+        V = 16 // dtype.itemsize
+        q = "float32" if dtype.itemsize == 2 else dtype.name
+        yield Case("part", dtype, 35, 10)
+        yield Case("part", dtype, 3, 32, gap=3, dense=q, options=ALL)
+        yield Case("warp", dtype, 5, 40 * V, options=ALL, out="same")
+        yield Case("warp", dtype, 6, 30 * V + 1, offset=1, dense="float16", options="stats")
+        yield Case("block", dtype, 2, 200 * V + 3, offset=1, gap=1, options=ALL, out="shifted")
+        yield Case("block", dtype, 1, 2060 * V, options="smoothing", out="same")
+        yield Case("block", dtype, 1, 130 * V, offset=V - 1, dense="float64", options=ALL)
+        yield Case("two sweeps", dtype, 1, 2100 * V + 1, dense="bfloat16", options="weight stats", shared=1200)
+        yield Case("split", dtype, 1, 2060 * V + 1, offset=1, options=ALL, processors=3)
+        yield Case("split", dtype, 1, 2060 * V, dense=q, options="smoothing stats", processors=3)
+
+
+@contextmanager
+def small_device(processors: int, shared: int) -> Iterator[None]:
+    """Make the emulated device small; for backends made inside."""
+    before = dict(stand_in.ATTRIBUTES)
+    stand_in.ATTRIBUTES.update(MultiProcessorCount=processors, MaxSharedMemoryPerBlockOptin=shared)
+    try:
+        yield
+    finally:
+        stand_in.ATTRIBUTES.update(before)
+
+
+class Result(NamedTuple):
+    """What a case computes, on the host; `separate` is the gradient of the backward sweep alone."""
+
+    rows: Rows
+    grad: Any
+    forward: Rows
+    separate: Any
+
+
+class Inputs(NamedTuple):
+    """The numbers of a case, on the host."""
+
+    logits: Any
+    target: Target
+    row_scale: Any
+
+
+def inputs(case: Case) -> Inputs:
+    """Draw the numbers of a case: some rows ignored, one invalid, one with a mask, one with a NaN."""
+    rng = np.random.default_rng(case.N * 1000003 + case.C)
+    N, C, dtype = case.N, case.C, case.dtype
+    acc = np.float64 if dtype == np.float64 else np.float32
+    chosen = case.options.split()
+    logits = np.sort(rng.normal(size=(N, C)) * 3, axis=1)  # rising: the running maximum grows all along the row
+    logits[::2] = logits[::2, ::-1]
+    logits = logits.astype(dtype)
+    logits[-1, 0] = -np.inf
+    first_class = 3 if "shard" in chosen else 0
+    ids = rng.integers(0, C, N)
+    ids[0] = C - 1  # where a row's tail ends
+    if N > 2:
+        ids[1], ids[2] = -1, -2
+        logits[1, C // 2] = np.nan
+    weight = rng.uniform(0.5, 2, C).astype(acc) if "weight" in chosen else None
+    eps = 0.1 if "smoothing" in chosen and not np.isinf(logits.astype(np.float64)).any() else 0.0
+    if "smoothing" in chosen:
+        logits[-1, 0] = 0
+        eps = 0.1
+    probs = None
+    if case.dense:
+        probs = rng.uniform(0, 2 / C, (N, C))
+        probs[:, 0] = 0
+        probs = probs.astype(ml_dtypes.bfloat16 if case.dense == "bfloat16" else case.dense)
+    target = Target(
+        ids=None if case.dense else ids + first_class * (ids >= 0),
+        probs=probs,
+        weight=weight,
+        row_weight=None if weight is None or case.dense else np.where(ids >= 0, weight[ids], 0).astype(acc),
+        hot=1 - eps,
+        rest=eps / C,
+        softcap=5.0 if "softcap" in chosen else 0.0,
+        z_loss=0.01 if "z_loss" in chosen else 0.0,
+        bias=rng.normal(size=C).astype(acc) if "bias" in chosen else None,
+        first_class=first_class,
+    )
+    return Inputs(logits, target, rng.uniform(0.5, 2, N).astype(acc))
+
+
+def run(case: Case, backend: Any) -> Result:
+    """Run a case on the emulated backend: both sweeps at once, then forward and backward."""
+    given = inputs(case)
+    asarray = backend.asarray
+    moved = {f: asarray(v) for f, v in given.target._asdict().items() if isinstance(v, np.ndarray)}
+    target = given.target._replace(**moved)
+    stats = "stats" in case.options.split()
+    logits = _placed(given.logits, case.offset, case.gap)
+    other = {"new": 0, "same": case.offset, "shifted": case.offset + 1}[case.out]
+    scale = asarray(given.row_scale)
+
+    forward = backend.cross_entropy_forward(logits, target, stats)
+    separate = _placed(np.full_like(given.logits, np.nan), other, case.gap)
+    backend.cross_entropy_backward(logits, target, forward, scale, separate)
+    out = logits if case.out == "same" else _placed(np.full_like(given.logits, np.nan), other, case.gap)
+    rows = backend.cross_entropy_forward_backward(logits, target, scale, out, stats)
+    host = lambda r: Rows(*(None if x is None else x.get() for x in r))  # noqa: E731
+    return Result(host(rows), out.get(), host(forward), separate.get())
+
+
+def _placed(x: np.ndarray[Any, Any], offset: int, gap: int) -> Any:
+    """Put a matrix on the device, `offset` elements after a boundary, with `gap` elements between the rows."""
+    N, C = x.shape
+    store = stand_in.asarray(np.full(offset + N * (C + gap), np.nan).astype(x.dtype))
+    view = store[offset : offset + N * (C + gap)].reshape(N, C + gap)[:, :C]
+    view._host[...] = x
+    return view

@@ -1,0 +1,177 @@
+"""What the kernels must do, as checks that raise: run by the tests on the kernels, and by mutants.py on broken ones.
+
+The oracle is the NumPy specification in float64. Every check runs in both orders of fibers and blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import branches
+import cpu_kernels
+import numpy as np
+import stand_in
+
+from swl.backends import Rows
+from swl.backends._cupy import CupyBackend, Limits, plan
+from swl.backends._numpy import NumpyBackend
+from swl.targets import IGNORED, INVALID, Target
+
+MakeBackend = Callable[[], CupyBackend]
+
+# Largest error of a loss in units of its dtype's rounding, and of a gradient relative to the row's largest
+LOSS = {"float64": 1e-12, "float32": 2e-5}
+GRAD = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+
+
+def both_orders(run: Callable[[], Any]) -> Any:
+    """Run in both orders; the results must have the same bits."""
+    results = []
+    for order in (cpu_kernels.FORWARD, cpu_kernels.REVERSE):
+        before, stand_in.ORDER = stand_in.ORDER, order
+        try:
+            results.append(run())
+        finally:
+            stand_in.ORDER = before
+    for a, b in zip(*map(list, map(_arrays, results)), strict=True):
+        assert a.tobytes() == b.tobytes(), "the two orders of fibers give different bits"
+    return results[0]
+
+
+def _arrays(result: Any) -> Iterator[Any]:
+    if isinstance(result, np.ndarray | np.generic):
+        yield np.asarray(result)
+    elif isinstance(result, tuple | list):
+        for one in result:
+            yield from _arrays(one)
+
+
+def close(name: str, got: Any, want: Any, tolerance: float) -> None:
+    """Agree with the specification, NaN and infinities included; the tolerance is of the row's largest."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    finite = np.isfinite(want)
+    assert np.array_equal(np.where(finite, 0, got), np.where(finite, 0, want), equal_nan=True), f"{name}: {got} {want}"
+    got, want = np.where(finite, got, 0), np.where(finite, want, 0)
+    scale = np.abs(want).max(axis=-1, keepdims=True, initial=1e-30) if want.ndim == 2 else np.maximum(np.abs(want), 1)
+    error = np.abs(got - want) / scale
+    assert np.all(error <= tolerance), f"{name}: off by {error.max()} > {tolerance}"
+
+
+def specification(case: branches.Case) -> tuple[Rows, Any]:
+    """Compute a case in float64."""
+    given = branches.inputs(case)
+    to64 = lambda x: x.astype(np.float64) if x is not None and x.dtype.kind not in "iu" else x  # noqa: E731
+    target = Target(*(to64(v) if isinstance(v, np.ndarray) else v for v in given.target))
+    numpy, logits = NumpyBackend(), to64(given.logits)
+    rows = numpy.cross_entropy_forward(logits, target, True)
+    grad = np.empty_like(logits)
+    with np.errstate(all="ignore"):
+        numpy.cross_entropy_backward(logits, target, rows, to64(given.row_scale), grad)
+    if target.ids is not None:  # what a host refuses, a device marks
+        invalid = target.ids == INVALID
+        rows.loss[invalid] = rows.log_prob[invalid] = np.nan
+        grad[invalid] = 0
+    return rows, grad
+
+
+def check_case(case: branches.Case, make: MakeBackend) -> None:
+    """One of `branches.cases`: the variant, both sweeps together and apart, against the specification."""
+    with branches.small_device(case.processors, case.shared):
+        result = both_orders(lambda: branches.run(case, make()))
+    how = plan(case.N, case.C, case.dtype.itemsize, Limits(case.processors, case.shared))
+    variant = "two sweeps" if how.variant == "block" and not how.on_chip else how.variant
+    assert variant == case.variant, f"the plan is {how}"
+    for name, both, alone in zip(Rows._fields, result.rows, result.forward, strict=True):
+        assert (both is None) == (alone is None), name
+        assert both is None or both.tobytes() == alone.tobytes(), f"{name}: one sweep and two give different bits"
+    assert result.grad.tobytes() == result.separate.tobytes(), "one sweep and two give different gradients"
+    rows, grad = specification(case)
+    acc = "float64" if case.dtype == np.float64 else "float32"
+    for name, got, want in zip(Rows._fields, result.rows, rows, strict=True):
+        if got is not None and name == "argmax":
+            assert np.array_equal(got, want), f"argmax: {got} {want}"
+        elif got is not None:
+            close(name, got, want, LOSS[acc])
+    close("gradient", result.grad, grad, GRAD[case.dtype.name])
+    ids = branches.inputs(case).target.ids
+    if ids is not None:
+        assert np.all(result.grad[ids < 0].astype(np.float64) == 0), "the gradient of a row that does not count"
+
+
+def check_ids(make: MakeBackend) -> None:
+    """Class ids of two integer dtypes: cleaned, weighed, counted; the first bad one is reported, once."""
+    rng = np.random.default_rng(0)
+    weight = rng.uniform(0.5, 2, 50).astype(np.float32)
+    for dtype, N in ((np.int64, 1), (np.int32, 700), (np.int64, 1300)):
+        ids = rng.integers(0, 50, N).astype(dtype)
+        ids[N // 3 :: 7] = -100
+        for w in (None, weight):
+
+            def run(ids: Any = ids, w: Any = w) -> Any:
+                backend = make()
+                given = backend.asarray(np.repeat(ids, 2))[::2]
+                out = backend.prepare_ids(given, 50, -100, None if w is None else backend.asarray(w))
+                backend.check()
+                return [None if x is None else x.get() for x in out]
+
+            with branches.small_device(1, 4096):
+                clean, m, count = both_orders(run)
+            want = np.where(ids == -100, IGNORED, ids.astype(np.int64))
+            assert np.array_equal(clean, want)
+            weights = np.where(want < 0, 0, 1 if w is None else w[want])
+            assert (m is None) == (w is None)
+            assert m is None or np.array_equal(m, weights)
+            assert abs(float(count) - weights.sum(dtype=np.float64)) < 1e-9 * N
+
+    def bad() -> Any:
+        backend = make()
+        ids = np.zeros(700, np.int32)
+        ids[[130, 600]] = 50, -1
+        clean, _, count = backend.prepare_ids(backend.asarray(ids), 50, -100, None)
+        backend.prepare_ids(backend.asarray(ids[500:]), 50, -100, None)  # the first error stays
+        try:
+            backend.check()
+        except ValueError as error:
+            message = str(error)
+        else:
+            raise AssertionError("a bad id was not reported")
+        backend.check()
+        assert message == "target[130] is 50; legal are class ids in [0, 50) and ignore_index=-100", message
+        return clean.get(), count.get()
+
+    with branches.small_device(1, 4096):
+        clean, count = both_orders(bad)
+    assert np.array_equal(np.flatnonzero(clean == INVALID), [130, 600])
+    assert count == 698
+
+
+def check_affine(make: MakeBackend, dtypes: tuple[Any, ...] = branches.DTYPES) -> None:
+    """The parts of an affine map that are kernels: bias and column sums, aligned or not, accumulated or not."""
+    rng = np.random.default_rng(0)
+    for dtype in dtypes:
+        acc = np.float64 if dtype == np.float64 else np.float32
+        for N, K, offset in ((3, 5, 0), (150, 70, 0), (200, 128, 0), (140, 33, 1)):
+            x = rng.normal(size=(N, K)).astype(dtype)
+            W = np.eye(K).astype(dtype)
+            b = rng.normal(size=K).astype(dtype)
+            before = rng.normal(size=K).astype(acc)
+
+            def run(x: Any = x, W: Any = W, b: Any = b, before: Any = before, offset: int = offset) -> Any:
+                backend = make()
+                N, K = x.shape
+                given = branches._placed(x, offset, offset)
+                y = branches._placed(np.full_like(x, np.nan), offset, offset)
+                backend.affine_forward(given, backend.asarray(W), backend.asarray(b), y)
+                db = backend.asarray(before)
+                backend.affine_backward(given, given, backend.asarray(W), None, None, db, accumulate=True)
+                db16 = backend.empty((K,), x.dtype)
+                backend.affine_backward(given, given, backend.asarray(W), None, None, db16)
+                return y.get(), db.get(), db16.get()
+
+            with branches.small_device(3, 4096):
+                y, db, db16 = both_orders(run)
+            x64 = x.astype(np.float64)
+            close("y", y, x64 + b.astype(np.float64), GRAD[dtype.name])
+            close("db", db, before + x64.sum(axis=0), 1e-12 if acc is np.float64 else 1e-5)
+            close("db", db16, x64.sum(axis=0), 1e-12 if acc is np.float64 else GRAD[dtype.name])

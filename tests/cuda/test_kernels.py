@@ -1,0 +1,97 @@
+"""The kernels on the CPU: every branch, in both orders of fibers and blocks, against the specification in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import branches
+import checks
+import cpu_kernels
+import numpy as np
+import pytest
+import stand_in
+
+import swl
+from swl.backends._cupy import CupyBackend, Limits, plan
+from swl.targets import Target
+
+pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
+ON_CPU = CupyBackend(stand_in)
+
+
+def make() -> CupyBackend:
+    """A backend that knows the device as it is now, with kernels that were compiled before."""
+    backend = CupyBackend(stand_in)
+    backend._modules = ON_CPU._modules
+    return backend
+
+
+@pytest.mark.parametrize("case", [*branches.cases()], ids=str)
+def test_every_branch_agrees_with_the_specification(case: branches.Case) -> None:
+    checks.check_case(case, make)
+
+
+def test_class_ids() -> None:
+    checks.check_ids(make)
+
+
+def test_bias_and_column_sums() -> None:
+    checks.check_affine(make)
+
+
+@pytest.mark.parametrize("limits", [Limits(132, 227 * 1024), Limits(40, 64 * 1024), Limits(16, 99 * 1024)])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_a_plan_covers_every_row_within_the_limits(itemsize: int, limits: Limits) -> None:
+    for N in (1, 2, 7, 40, 1000, 10**6):
+        for C in (1, 2, 10, 32, 33, 500, 1000, 4096, 32000, 50257, 128256, 10**6, 2 * 10**8):
+            how = plan(N, C, itemsize, limits)
+            packs = -(-(C + how.V - 1) // how.V)
+            assert how.blocks < 2**31
+            assert how.threads % 32 == 0
+            assert how.shared + (how.stage if how.on_chip else 0) <= limits.shared
+            if how.lanes:
+                assert how.lanes * how.keep >= packs
+                assert how.blocks * how.threads >= N * how.lanes
+            elif how.variant == "split":
+                assert how.splits * how.packs_each >= packs > (how.splits - 1) * how.packs_each
+                assert N * how.splits >= min(limits.processors, N * (packs // 1024))
+            else:
+                assert how.blocks == N
+
+
+def test_offsets_are_64_bit() -> None:
+    """A view whose second row lies more than 2³¹ elements behind its first; the memory between is never touched."""
+    store = np.zeros(2**31 + 64, np.float16)  # pages that nobody writes are not there
+    view = np.lib.stride_tricks.as_strided(store, (2, 40), (2 * (2**31 + 8), 2))
+    view[:] = np.arange(80).reshape(2, 40) / 10
+    logits = stand_in.ndarray(view)
+    want = swl.cross_entropy_value_and_grad(view.copy(), np.array([1, 2]), backend="numpy", reduction="none")
+    backend = make()
+    ids, _, _ = backend.prepare_ids(backend.asarray(np.array([1, 2])), 40, -100, None)
+    target = Target(ids=ids)
+    scale = backend.asarray(np.ones(1, np.float32))
+    rows = backend.cross_entropy_forward_backward(logits, target, scale, logits, False)
+    np.testing.assert_allclose(rows.loss.get(), want[0], rtol=1e-5)
+    np.testing.assert_allclose(view.astype(float), want[1].astype(float), atol=1e-3)
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    z = np.random.default_rng(0).normal(size=(4, 3000)).astype(np.float32)
+    backend = make()
+
+    def sweep(z: Any) -> tuple[Any, Any]:
+        ids, _, _ = backend.prepare_ids(backend.asarray(np.arange(4)), 3000, -100, None)
+        out = backend.empty(z.shape, z.dtype)
+        scale = backend.asarray(np.ones(1, np.float32))
+        target = Target(ids=ids)
+        rows = backend.cross_entropy_forward_backward(backend.asarray(z), target, scale, out, False)
+        return rows.loss.get(), out.get()
+
+    loss, grad = sweep(z)
+    z[2, 1234] = np.nan
+    loss_nan, grad_nan = sweep(z)
+    others = [0, 1, 3]
+    assert np.isnan(loss_nan[2])
+    assert np.isnan(grad_nan[2]).all()
+    assert loss_nan[others].tobytes() == loss[others].tobytes()
+    assert grad_nan[others].tobytes() == grad[others].tobytes()
