@@ -15,7 +15,7 @@ from oracle import assert_close
 from test_cross_entropy import check, same_bits
 
 import swl
-from swl.functional import cross_entropy_forward
+from swl.passes import cross_entropy_forward
 from swl.targets import Options
 
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -252,6 +252,22 @@ def test_a_masked_class_without_target_mass_with_every_option(backend: Any, dtyp
     check(backend, case, loss, grad, stats)
     assert np.all(backend.numpy(grad)[:, 4:7] == 0)
     assert np.all(np.isfinite(backend.numpy(stats.entropy)))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_whole_block_of_masks(backend: Any, first: bool) -> None:
+    """30000 masked classes in a row, before or after those that count."""
+    z = np.full((2, 40_000), -np.inf, np.float32)
+    rng = np.random.default_rng(0)
+    kept = slice(30_000, None) if first else slice(0, 10_000)
+    z[:, kept] = rng.standard_normal((2, 10_000))
+    t = np.array([kept.start, kept.start + 9_999])
+    loss, grad = loss_and_grad(backend, z, t, reduction="none")
+    few = Case(z[:, kept].copy(), t - kept.start, options={"reduction": "none"})
+    want = few.answer()
+    assert_close("loss", loss, want.loss, want.loss_scale, few.acc)
+    assert_close("grad", grad[:, kept], want.grad, want.grad_scale, few.acc)
+    assert np.count_nonzero(grad) <= 20_000
 
 
 @pytest.mark.parametrize("kind", ["ids", "probabilities", "smoothing"])

@@ -1,0 +1,244 @@
+"""Break the CPU kernels, one line at a time, and show that the suite sees it: ``python tests/mutants/run.py [NAME...]``.
+
+Every mutant is a copy of the package in a folder of its own, with a Numba cache of its own, in which one line is
+replaced; then the tests that should notice run over the `numba` backend. A line that is not found exactly once is an error,
+and so is a test selection that fails without the mutation.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = "swl/backends/_cpu_kernels.py"
+SIMD = "swl/backends/_simd.py"
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    line: str  # as it stands in the file, without indentation
+    instead: str
+    tests: str  # files and `-k` words, separated by a colon
+
+
+MUTANTS = [
+    Mutant(
+        "wrong maximum: the last vector's only",
+        KERNELS,
+        "top = maximum(top, _logits(row, extras, j, None, low))",
+        "top = maximum(splat(low), _logits(row, extras, j, None, low))",
+        "test_cross_entropy.py:one_huge_logit",
+    ),
+    Mutant(
+        "missing rescale of the running sum",
+        KERNELS,
+        "s *= _exp(M - new)",
+        "s *= scalar(zero, 1)",
+        "test_cross_entropy.py:longer_than_any_block and float32 and 16385 and ids",
+    ),
+    Mutant(
+        "missing shift of the running dot product",
+        KERNELS,
+        "d += A * (M - new)",
+        "d += zero",
+        "test_cross_entropy.py:longer_than_any_block and float32 and 16385 and probabilities",
+    ),
+    Mutant(
+        "tail off by one: its last class is not summed",
+        KERNELS,
+        "sums = _add_up(row, extras, full, stop, low, splat(base), exps, sums)",
+        "sums = _add_up(row, extras, full, stop - 1, low, splat(base), exps, sums)",
+        "test_laws.py:exactly_log_c and float32",
+    ),
+    Mutant(
+        "tail off by one: its last gradient is not written",
+        KERNELS,
+        "store_tail(out, full, stop - full, g)",
+        "store_tail(out, full, stop - full - 1, g)",
+        "test_laws.py:exactly_log_c and float32",
+    ),
+    Mutant(
+        "ignored row counted by the sweep",
+        KERNELS,
+        "counts = ids[n] != IGNORED",
+        "counts = ids[n] != IGNORED - 1",
+        "test_laws.py:ignored_row_counts_for_nothing and float32",
+    ),
+    Mutant(
+        "ignored row counted by the mean",
+        KERNELS,
+        "total += m",
+        "total += 1.0",
+        "test_laws.py:mean_divides_by_the_weights or micro_batches",
+    ),
+    Mutant(
+        "smoothing mass left out of A",
+        KERNELS,
+        "A = scalar(zero, rest * C + (hot if hit >= 0 else 0.0))  # exactly 1 over all classes",
+        "A = scalar(zero, hot if hit >= 0 else 0.0)",
+        "test_cross_entropy.py:longer_than_any_block and float32 and 8191 and ids",
+    ),
+    Mutant(
+        "smoothing mass spread without the class weights",
+        KERNELS,
+        "y = y * _at(extras.weight, j, stop, zero)",
+        "y = y * splat(scalar(zero, 1))",
+        "test_laws.py:smoothing_mass",
+    ),
+    Mutant(
+        "weight left out of the denominator",
+        KERNELS,
+        "m = weight[t] if weight.size else 1.0",
+        "m = 1.0",
+        "test_laws.py:smoothing_mass or mean_divides_by_the_weights",
+    ),
+    Mutant(
+        "dout dropped",
+        KERNELS,
+        "scale = row_scale[n * scale_step]",
+        "scale = scalar(zero, 1)",
+        "test_laws.py:dout_per_row",
+    ),
+    Mutant(
+        "dout of the first row for all",
+        KERNELS,
+        "scale_step = 1 if row_scale.size > 1 else 0",
+        "scale_step = 0",
+        "test_laws.py:dout_per_row",
+    ),
+    Mutant(
+        "softcap without its slope",
+        KERNELS,
+        "g = g * (splat(scalar(low, 1)) - t * t)",
+        "g = g * splat(scalar(low, 1))",
+        "test_shards.py:a_bias_is_added and float32",
+    ),
+    Mutant(
+        "z-loss without its factor 2",
+        KERNELS,
+        "pull = A + (scalar(zero, 2) * lam * m * (M + S) if lam > 0 else zero)",
+        "pull = A + (lam * m * (M + S) if lam > 0 else zero)",
+        "test_laws.py:z_loss_by_hand",
+    ),
+    Mutant(
+        "a masked class poisons the dot product",
+        KERNELS,
+        "dots = dots + zero_where_zero(y, y * u)",
+        "dots = dots + y * u",
+        "test_laws.py:masked_class_without_target_mass and float32-probabilities",
+    ),
+    Mutant(
+        "a block of masked classes gives NaN",
+        KERNELS,
+        "base = M if M > low else zero  # a block of −inf only adds exp(−inf) = 0",
+        "base = M",
+        "test_laws.py:a_whole_block_of_masks",
+    ),
+    Mutant(
+        "the factor of the first block for all",
+        KERNELS,
+        "k = splat(pull * exp_unit(low) * _exp(bases[start // BLOCK] - M - S))",
+        "k = splat(pull * exp_unit(low) * _exp(bases[0] - M - S))",
+        "test_cross_entropy.py:longer_than_any_block and float32 and 16385 and ids",
+    ),
+    Mutant(
+        "row offsets of 32 bits",
+        SIMD,
+        "return _make_row(context, builder, row, view, builder.mul(args[1], outer), inner, 1)",
+        "return _make_row(context, builder, row, view, "
+        "builder.zext(builder.trunc(builder.mul(args[1], outer), _I32), _I64), inner, 1)",
+        "test_cross_entropy.py:offsets_past",
+    ),
+    Mutant(
+        "class ids counted from 0 in every shard",
+        KERNELS,
+        "hit = ids[n] - first_class",
+        "hit = ids[n]",
+        "test_shards.py:combine_to_the_whole",
+    ),
+    Mutant(
+        "negative class ids let through",
+        KERNELS,
+        "elif 0 <= t < n_classes:",
+        "elif t < n_classes:",
+        "test_bad_input.py:a_class_id_out_of_range and int64",
+    ),
+    Mutant(
+        "entropy with the wrong sign",
+        KERNELS,
+        "rows[ENTROPY, n] = S - expected",
+        "rows[ENTROPY, n] = S + expected",
+        "test_cross_entropy.py:every_integer_dtype and int64",
+    ),
+]
+
+
+def replace(file: Path, line: str, instead: str) -> None:
+    """Replace the one line that reads `line`, keeping its indentation."""
+    lines = file.read_text().splitlines()
+    found = [i for i, text in enumerate(lines) if text.strip() == line]
+    if len(found) != 1:
+        raise SystemExit(f"{file.name} has {len(found)} lines that read {line!r}; bring the list of mutants up to date")
+    text = lines[found[0]]
+    lines[found[0]] = text[: len(text) - len(text.lstrip())] + instead
+    file.write_text("\n".join(lines) + "\n")
+
+
+def suite_passes(mutant: Mutant | None, tests: str) -> bool:
+    """Run the tests on a copy of the package, broken or as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("swl", "kernels", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "cuda", "mutants"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutant is not None:
+            replace(copy / mutant.file, mutant.line, mutant.instead)
+        file, _, words = tests.partition(":")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+        result = subprocess.run(
+            [*command, f"tests/{file}", "-k", f"numba and ({words})"],
+            cwd=copy,
+            env={**os.environ, "NUMBA_CACHE_DIR": str(copy / "numba"), "PYTHONPATH": str(copy), "CI": "true"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode > 1:  # 2: broken beyond running; 5: no such test; below 0: crashed, which is seen too
+            raise SystemExit(f"pytest ended with {result.returncode}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
+        if result.returncode and mutant is None:
+            raise SystemExit(f"{tests} fails as it is:\n{result.stdout[-3000:]}")
+        if "TypingError" in result.stdout or "LoweringError" in result.stdout or "NameError" in result.stdout:
+            raise SystemExit(f"the mutant {mutant} does not compile:\n{result.stdout[-3000:]}")
+        return result.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    """Run the mutants whose names contain one of `names`, or all; return the number that survive."""
+    chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
+    if not chosen:
+        raise SystemExit(f"no mutant is called {names}")
+    for tests in dict.fromkeys(mutant.tests for mutant in chosen):
+        suite_passes(None, tests)
+    survivors = 0
+    print(f"{len({mutant.tests for mutant in chosen})} selections of tests pass on the kernels as they are")
+    for mutant in chosen:
+        start = time.perf_counter()
+        survives = suite_passes(mutant, mutant.tests)
+        survivors += survives
+        print(
+            f"{'SURVIVES' if survives else 'killed':8} {time.perf_counter() - start:4.0f} s  {mutant.name}", flush=True
+        )
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
