@@ -13,6 +13,11 @@ class Pool:
     def __init__(self) -> None:
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._workers: ThreadPoolExecutor | None = None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._forget)  # the workers stayed with the parent
+
+    def _forget(self) -> None:
+        self._workers = None
 
     def run(self, work: Callable[[int, int], object], n: int) -> None:
         """Call ``work(begin, end)`` for ranges that cover ``[0, n)``, one per thread, and wait for all."""

@@ -1,8 +1,8 @@
-"""Break the CPU kernels, one line at a time, and show that the suite sees it: ``python tests/mutants/run.py [NAME...]``.
+"""Break the CPU kernels, a line at a time, and show that the suite sees it: ``python tests/mutants/run.py [NAME...]``.
 
-Every mutant is a copy of the package in a folder of its own, with a Numba cache of its own, in which one line is
-replaced; then the tests that should notice run over the `numba` backend. A line that is not found exactly once is an error,
-and so is a test selection that fails without the mutation.
+Every mutant is a copy of the package in a folder of its own, with its own Numba cache, in which one line is replaced; then
+the tests that should notice run over the `numba` backend. A line that is not found exactly once is an error, and so is a
+selection of tests that fails without the mutation.
 """
 
 from __future__ import annotations

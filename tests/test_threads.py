@@ -1,0 +1,72 @@
+"""The CPU backend's threads: any number of them gives the same bits, callers may be threads, and a process may fork."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+import swl
+from swl.backends._threads import POOL
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.standard_normal((301, 1009), np.float32)  # more than one thread's worth
+TARGET = RNG.integers(0, 1009, 301)
+
+
+def results() -> list[bytes]:
+    with swl.use_backend("numba"):
+        loss, grad, stats = swl.cross_entropy_value_and_grad(LOGITS, TARGET, stats=True, label_smoothing=0.1)
+        W = LOGITS[:, :77]
+        return [np.asarray(a).tobytes() for a in (loss, grad, *stats, *swl.affine_backward(W, LOGITS, LOGITS[0:77].T))]
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    monkeypatch.setattr(POOL, "threads", 1)
+    return results()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_thread_counts_give_the_same_bits(
+    one_thread: list[bytes], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(POOL, "threads", threads)
+    monkeypatch.setattr(POOL, "_workers", None)
+    assert results() == one_thread
+
+
+def test_callers_may_be_threads(one_thread: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(POOL, "threads", 2)
+    with ThreadPoolExecutor(4) as callers:
+        for got in callers.map(lambda _: results(), range(16)):
+            assert got == one_thread
+
+
+def _child(queue: Any) -> None:
+    queue.put(results())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_has_threads_of_its_own(one_thread: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads do not survive a fork: waiting for the parent's would last forever."""
+    monkeypatch.setattr(POOL, "threads", 2)
+    results()  # the pool is running
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue,))
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python warns of forks in threaded processes: that is the test
+        child.start()
+    try:
+        assert queue.get(timeout=60) == one_thread
+    finally:
+        child.kill()
+        child.join()
