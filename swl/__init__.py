@@ -6,7 +6,16 @@ from typing import Any
 
 from swl.backends import active, backends, get, loaded, set_backend, use_backend
 from swl.errors import BackendUnavailable
-from swl.functional import RowStats, affine, affine_backward, cross_entropy, cross_entropy_value_and_grad
+from swl.functional import (
+    RowStats,
+    affine,
+    affine_backward,
+    cross_entropy,
+    cross_entropy_value_and_grad,
+    linear_cross_entropy,
+    linear_cross_entropy_value_and_grad,
+)
+from swl.fused import Plan, plan
 from swl.gradcheck import check_gradients, numerical_gradient
 from swl.layers import Affine, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
 from swl.optim import SGD, AdamW
@@ -30,6 +39,7 @@ __all__ = [
     "AdamW",
     "Affine",
     "BackendUnavailable",
+    "Plan",
     "ReLU",
     "Relu",
     "RowStats",
@@ -44,7 +54,10 @@ __all__ = [
     "check_gradients",
     "cross_entropy",
     "cross_entropy_value_and_grad",
+    "linear_cross_entropy",
+    "linear_cross_entropy_value_and_grad",
     "numerical_gradient",
+    "plan",
     "set_backend",
     "use_backend",
 ]

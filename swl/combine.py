@@ -19,7 +19,7 @@ __all__ = ["combine", "row_loss"]
 
 
 def row_loss(xp: Any, rows: Rows, target: Target) -> Any:
-    """loss = A·S − d + λ·m·(M + S)²; 0 for an ignored row, NaN for an invalid one."""
+    """Loss = A·S − d + λ·m·(M + S)²; 0 for an ignored row, NaN for an invalid one."""
     loss = rows.mass * rows.log_sum - rows.target_dot
     if target.z_loss:
         lse = rows.row_max + rows.log_sum
@@ -59,7 +59,7 @@ def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int
             for top, part, shift in zip(tops, parts, shifts, strict=True)
         ]
         total = _sum(sums)
-        S = xp.log(xp.where(M == -np.inf, M.dtype.type(np.nan), total).astype(np.float64)).astype(M.dtype)
+        S = xp.log(xp.where(-np.inf == M, M.dtype.type(np.nan), total).astype(np.float64)).astype(M.dtype)
         A = _sum([part.mass for part in parts])
         d = _sum([part.target_dot + _times(xp, part.mass, shift) for part, shift in zip(parts, shifts, strict=True)])
         rows = Rows(M, M, S, d, A)
@@ -75,7 +75,11 @@ def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int
         )
         log_prob = _sum(
             [
-                xp.where(q == 0, S.dtype.type(0), xp.where(top == -np.inf, top, part.log_prob + q * (part.log_sum + shift - S)))
+                xp.where(
+                    q == 0,
+                    S.dtype.type(0),
+                    xp.where(top == -np.inf, top, part.log_prob + q * (part.log_sum + shift - S)),
+                )
                 for q, top, part, shift in zip(plain_mass, tops, parts, shifts, strict=True)
             ]
         )

@@ -16,14 +16,14 @@ The bias is folded into the loss kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from swl.backends import Rows
 from swl.combine import combine
-from swl.functional import Problem
+from swl.problem import ChunkedProbabilities, Problem
 from swl.targets import Target
 
 __all__ = ["DEFAULT_BUDGET", "Plan", "plan", "sweep"]
@@ -122,7 +122,7 @@ def plan(
     linear_cross_entropy of 4096 rows, 768 inputs, 50257 classes
       chunks  4 of 1024 rows × 50257 classes
       memory  208.3 MiB of a budget of 256.0 MiB; all logits are 785.3 MiB
-      work    3 products, 1235.0 Gflop... 
+      work    3 products, 1235.0 Gflop...
     """
     for name, size in (("N", N), ("D", D), ("C", C)):
         if size < 0:
@@ -136,7 +136,7 @@ def plan(
     gradients = len(set(needs) & {"dx", "dW"})
     tile = max(1, min(C, 2048, room // (16 * max(D, 1))))
     products = 1 + gradients
-    if N * C <= room:
+    if room >= N * C:
         return Plan(N, D, C, max(N, 1), max(C, 1), tile, itemsize, products, memory_budget)
     rows = (room - (2 * D * tile if "dW" in needs else 0)) // C
     if rows >= min(N, MIN_ROWS):
@@ -156,28 +156,6 @@ def _even(total: int, most: int) -> int:
 def _cuts(total: int, size: int) -> Iterator[tuple[int, int]]:
     for start in range(0, total, size):
         yield start, min(start + size, total)
-
-
-class ChunkedProbabilities:
-    """Target probabilities that a callable gives a chunk at a time, in place of an array ``(N, C)``."""
-
-    def __init__(self, give: Callable[[slice, slice], Any], rows: slice, classes: slice) -> None:
-        self.give, self.rows, self.classes = give, rows, classes
-
-    def __getitem__(self, index: Any) -> ChunkedProbabilities:
-        rows, classes = index if isinstance(index, tuple) else (index, slice(None))
-        return ChunkedProbabilities(self.give, _within(self.rows, rows), _within(self.classes, classes))
-
-    def array(self, problem: Problem) -> Any:
-        """Ask for the chunk, and check what came."""
-        shape = self.rows.stop - self.rows.start, self.classes.stop - self.classes.start
-        return problem.checked_probabilities(self.give(self.rows, self.classes), shape)
-
-
-def _within(outer: slice, inner: slice) -> slice:
-    size = outer.stop - outer.start
-    start, stop, _ = inner.indices(size)
-    return slice(outer.start + start, outer.start + stop)
 
 
 class Gradients(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.arrays import beside, to_numpy
-from swl.functional import is_float
+from swl.checks import is_float
 from swl.layers import _gradients, _leaves, _parameters
 
 __all__ = ["GradientError", "GradientReport", "check_gradients", "numerical_gradient"]

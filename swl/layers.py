@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
-from swl import functional
+from swl import checks, passes
 from swl.arrays import beside, to_numpy
 from swl.backends import Backend, active, get, resolve
 from swl.targets import OptionKwargs, Options
@@ -105,7 +105,7 @@ class Layer:
             raise ValueError(f"state must name exactly the parameters: missing are {missing}, unknown are {unknown}")
         values = {name: _as_stored(np.asarray(state[name]), p) for name, p in parameters.items()}
         for name, p in parameters.items():
-            functional.require_shape(f"state[{name!r}]", values[name], p.shape, "the shape of the parameter")
+            checks.require_shape(f"state[{name!r}]", values[name], p.shape, "the shape of the parameter")
             if not getattr(p.flags, "writeable", True):
                 raise ValueError(f"parameter {name!r} is read-only")
         for name, p in parameters.items():
@@ -217,7 +217,7 @@ class Affine(Layer):
     def _place(self, W: Any, b: Any) -> None:
         backend = get(self.backend)
         b = None if b is None else _bring(backend, "b", b)
-        self._W, self._b = functional.affine_parameters(backend, _bring(backend, "W", W), b)
+        self._W, self._b = checks.affine_parameters(backend, _bring(backend, "W", W), b)
 
     @property
     def x(self) -> Any:
@@ -239,9 +239,9 @@ class Affine(Layer):
         y, self._saved = self._run(x)
         return y
 
-    def _run(self, x: Any) -> tuple[Any, functional.AffinePass]:
+    def _run(self, x: Any) -> tuple[Any, passes.AffinePass]:
         backend = get(self.backend)
-        done = functional.AffinePass.of(backend, _bring(backend, "x", x), self._W)
+        done = passes.AffinePass.of(backend, _bring(backend, "x", x), self._W)
         return done.forward(self._b), done
 
     def backward(self, dout: Any) -> Any:
@@ -286,15 +286,15 @@ class ReLU(Layer):
 
     def _run(self, x: Any) -> tuple[Any, Any]:
         backend = resolve(None, {"x": x})
-        x = functional.float_array(backend, "x", x)
+        x = checks.float_array(backend, "x", x)
         with np.errstate(invalid="ignore"):  # NumPy's bfloat16 warns of NaN
             return backend.xp.maximum(x, x.dtype.type(0)), (backend, x.dtype, x <= 0)
 
     def backward(self, dout: Any) -> Any:
         """Compute ``dx = dout·[x > 0]`` in a new array, exactly 0 where ``x <= 0`` whatever `dout` is there."""
         backend, dtype, mask = self._last_forward()
-        dout = functional.float_array(backend, "dout", dout)
-        functional.require_shape("dout", dout, mask.shape, "the shape of x")
+        dout = checks.float_array(backend, "dout", dout)
+        checks.require_shape("dout", dout, mask.shape, "the shape of x")
         dx = backend.xp.where(mask, dout.dtype.type(0), dout)
         return dx if dx.dtype == dtype else dx.astype(dtype)
 
@@ -319,8 +319,8 @@ class Sigmoid(Layer):
 
     def _run(self, x: Any) -> tuple[Any, Any]:
         backend = resolve(None, {"x": x})
-        x = functional.float_array(backend, "x", x)
-        xp, acc = backend.xp, functional.acc_dtype(x.dtype)  # 16-bit input computes in float32
+        x = checks.float_array(backend, "x", x)
+        xp, acc = backend.xp, checks.acc_dtype(x.dtype)  # 16-bit input computes in float32
         e = xp.exp(-xp.abs(x.astype(acc, copy=False)))
         y = xp.where(x < 0, e, acc.type(1)) / (1 + e)
         return y.astype(x.dtype, copy=False), (backend, x.dtype, e / (1 + e) ** 2)
@@ -328,8 +328,8 @@ class Sigmoid(Layer):
     def backward(self, dout: Any) -> Any:
         """Compute ``dx = dout·∂y/∂x`` in a new array."""
         backend, dtype, slope = self._last_forward()
-        dout = functional.float_array(backend, "dout", dout)
-        functional.require_shape("dout", dout, slope.shape, "the shape of x")
+        dout = checks.float_array(backend, "dout", dout)
+        checks.require_shape("dout", dout, slope.shape, "the shape of x")
         return (dout * slope).astype(dtype, copy=False)
 
 
@@ -403,7 +403,7 @@ class SoftmaxWithLoss(Layer):
         0-d array, or shape (...) under ``reduction="none"``
         """
         x, t, options = self._inputs(x, t)
-        return self._keep(functional.cross_entropy_forward(x, t, options), t)
+        return self._keep(passes.cross_entropy_forward(x, t, options), t)
 
     def backward(self, dout: Any = 1) -> Any:
         """Compute the gradient of the scores, ``dout·∂loss/∂x``, in a new array.
@@ -428,14 +428,14 @@ class SoftmaxWithLoss(Layer):
         loss, dx : arrays
         """
         x, t, options = self._inputs(x, t)
-        done, dx = functional.one_sweep(x, t, options, dout)
+        done, dx = passes.one_sweep(x, t, options, dout)
         return self._keep(done, t), dx
 
     def predict(self, x: Any) -> Any:
         """Give the scores back as they are: inference needs no softmax."""
         return x
 
-    def _keep(self, done: functional.Pass, t: Any) -> Any:
+    def _keep(self, done: passes.Pass, t: Any) -> Any:
         self._saved, self._y, self.t = done, None, t
         self.loss = done.problem.reduce(done.rows.loss)
         return self.loss

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from swl.functional import acc_dtype, is_float
+from swl.checks import acc_dtype, is_float
 
 __all__ = ["SGD", "AdamW"]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import assert_close
 
 import swl
-from swl.functional import cross_entropy_forward
+from swl.passes import cross_entropy_forward
 from swl.targets import Options
 
 

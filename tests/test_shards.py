@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import assert_close
 
 from swl.backends import Rows
-from swl.functional import logits_problem
+from swl.passes import logits_problem
 from swl.targets import Options
 
 

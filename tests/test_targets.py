@@ -9,7 +9,7 @@ import pytest
 from cases import INTEGERS
 
 import swl
-from swl.functional import logits_problem
+from swl.passes import logits_problem
 from swl.targets import IGNORED, INVALID, Options, Target
 
 

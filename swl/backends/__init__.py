@@ -45,9 +45,13 @@ class Backend(Protocol):
     formed in it and each result is rounded once, to the dtype of the array it is written to.
     """
 
-    name: str
-    xp: ModuleType
-    """The array library whose arrays the backend works on: numpy or cupy."""
+    @property
+    def name(self) -> str:
+        """What the registry calls it."""
+
+    @property
+    def xp(self) -> ModuleType:
+        """The array library whose arrays the backend works on: numpy or cupy."""
 
     def asarray(self, x: Any, dtype: Any = None) -> Any:
         """Bring `x` to this backend, without a copy where it is there already."""

@@ -81,7 +81,7 @@ def _at(row: Any, j: int, stop: Any, fill: Any) -> Any:
 
 @njit(**_inner)
 def _logits(row: Any, extras: Any, j: int, stop: Any, low: Any) -> Any:
-    """z = κ·tanh((r + bias)/κ), or r + bias without a softcap; `low` = −inf past the end."""
+    """Z = κ·tanh((r + bias)/κ), or r + bias without a softcap; `low` = −inf past the end."""
     z = _at(row, j, stop, low)
     if extras is not None:
         if extras.bias.size:
@@ -148,11 +148,11 @@ def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any) -> Any:
             top = maximum(top, _logits(row, extras, full, stop, low))
         new = max_lanes(top)
         if new > M:
-            if M > low:
+            if low < M:
                 s *= _exp(M - new)
                 d += A * (M - new)
             M = new
-        base = M if M > low else zero  # a block of −inf only adds exp(−inf) = 0
+        base = M if low < M else zero  # a block of −inf only adds exp(−inf) = 0
         if exps is not None:
             bases[start // BLOCK] = base
         sums = splat(zero), splat(zero), splat(zero)
@@ -164,9 +164,9 @@ def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any) -> Any:
         s += sum_lanes(sums[0]) * exp_unit(low)
         d += sum_lanes(sums[1])
         A += sum_lanes(sums[2])
-    if s != s and M < np.inf:
+    if s != s and np.inf > M:
         M = scalar(zero, np.nan)
-    elif M == low:
+    elif low == M:
         s = scalar(zero, np.nan)  # nothing but −inf
     return M, scalar(zero, np.log(np.float64(s))), d, A  # a float32 logarithm may be off by an ulp
 

@@ -169,7 +169,7 @@ def plan(N: int, C: int, itemsize: int, limits: Limits) -> Plan:
     if packs <= 32 * _KEEP_WARP:
         return Plan("warp", 32, V, _KEEP_WARP, 128, -(-N // 4), 0, 0, True)
     sums = 64 if itemsize == 8 else 40  # bytes of Sums in cross_entropy.cu, one for each warp
-    splits = min(-(-2 * limits.processors // N), packs // _SPLIT_PACKS) if 3 * N <= limits.processors else 1
+    splits = min(-(-2 * limits.processors // N), packs // _SPLIT_PACKS) if limits.processors >= 3 * N else 1
     if splits > 1:
         each = -(-packs // splits)
         return Plan("split", 0, V, 0, 256, N * splits, 8 * sums, 0, False, splits, each)
@@ -639,5 +639,3 @@ def _for_gemm(xp: ModuleType, x: Any) -> tuple[Any, int, int]:
     if op is None:
         return xp.ascontiguousarray(x), _OP_N, max(x.shape[1], 1)
     return x, op, distance
-
-

@@ -63,9 +63,9 @@ class NumpyBackend:
         q, y, m = _target_rows(z, target)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             M = z.max(axis=1, initial=-np.inf)
-            u = z - np.where(M == -np.inf, 0, M)[:, None].astype(z.dtype)
+            u = z - np.where(-np.inf == M, 0, M)[:, None].astype(z.dtype)
             S = np.log(np.exp(u).sum(axis=1, dtype=np.float64)).astype(z.dtype)
-            S[M == -np.inf] = np.nan  # nothing but −inf
+            S[-np.inf == M] = np.nan  # nothing but −inf
             A = _mass(y, target)
             d = _dot(y, u)
             loss = A * S - d + target.z_loss * m * (M + S) ** 2
@@ -115,7 +115,7 @@ def raise_bad_id(ids: Any, row: int, n_classes: int, ignore_index: int) -> None:
 
 
 def _final_logits(logits: Any, target: Target) -> tuple[Any, Any | None]:
-    """z = κ·tanh((r + bias)/κ) and ∂z/∂r = 1 − (z/κ)²; without a softcap z = r + bias and None."""
+    """Z = κ·tanh((r + bias)/κ) and ∂z/∂r = 1 − (z/κ)²; without a softcap z = r + bias and None."""
     r = _acc(logits)
     if target.bias is not None:
         r = r + target.bias
@@ -126,7 +126,7 @@ def _final_logits(logits: Any, target: Target) -> tuple[Any, Any | None]:
 
 
 def _target_rows(z: Any, target: Target) -> tuple[Any, Any, Any]:
-    """q (N, C), the plain target; y (N, C), the target with all its options; m (N,)."""
+    """Q (N, C), the plain target; y (N, C), the target with all its options; m (N,)."""
     N, C = z.shape
     w = np.ones(C, z.dtype) if target.weight is None else target.weight
     if target.ids is None:

@@ -236,9 +236,7 @@ def _align(dtype: Any) -> int:
     return max(1, getattr(dtype, "bitwidth", 8) // 8)
 
 
-def _load_each(
-    builder: Any, row_type: Row, array: Any, start: Any, count: Any, vector: Vector, raw_type: Any
-) -> Any:
+def _load_each(builder: Any, row_type: Row, array: Any, start: Any, count: Any, vector: Vector, raw_type: Any) -> Any:
     """Load lane by lane; a lane past `count` reads the last element (its value is replaced by the caller)."""
     raw = ir.Constant(raw_type, ir.Undefined)
     for k in range(vector.lanes):
@@ -301,9 +299,7 @@ def load_tail(typingctx: Any, row: Any, start: Any, count: Any, fill: Any) -> An
             )
         else:
             raw = _load_each(builder, row, array, start, count, vector, raw_type)
-        return builder.select(
-            mask, _to_lanes(builder, raw, row.dtype, vector), _splat(builder, fill, vector.lanes)
-        )
+        return builder.select(mask, _to_lanes(builder, raw, row.dtype, vector), _splat(builder, fill, vector.lanes))
 
     return sig, codegen
 
