@@ -37,7 +37,7 @@ class Forbidden(AssertionError):
 
 # ------------------------------------------------------------------------------------------------ waiting
 
-_INSIDE = ("swl.functional", "swl.layers", "swl.optim", "swl.targets", "swl.backends", "swl.linear", "swl.head")
+_INSIDE = ("swl.functional", "swl.layers", "swl.optim", "swl.targets", "swl.backends", "swl.passes", "swl.problem", "swl.checks", "swl.fused", "swl.combine", "swl.head")
 _MAY_WAIT = frozenset(("check", "info", "state_dict", "_number"))  # the last puts values into error messages
 
 
