@@ -360,7 +360,7 @@ class CupyBackend:
         self._launch(
             self._device(out),
             f"fill_rows<{_C[out.dtype.name]}, {_C[b.dtype.name]}>",
-            (-(-packs // threads), min(N, 65535)),
+            (-(-packs // threads), min(N, 16 * self._device(out).limits.processors)),
             (threads,),
             (out, _i64(_row_stride(out)), self.xp.ascontiguousarray(b), _i64(N), _i64(K)),
         )

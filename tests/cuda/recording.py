@@ -25,7 +25,7 @@ class Recording:
     def __init__(self) -> None:
         self.launches: dict[tuple[str, ...], bytearray] = defaultdict(bytearray)  # by the kernels of the library
         self.libraries: dict[tuple[str, ...], Any] = {}
-        self.count = 0
+        self.kernels: set[str] = set()
         self._regions: list[tuple[int, int]] = []
 
     def __call__(self, library: Any, name: str, sizes: Any, args: Any, report: Any) -> None:
@@ -52,7 +52,7 @@ class Recording:
                 out += struct.pack("2q", 2, 0)
             else:
                 out += struct.pack("2q", 1, index << 40 | (ptr - self._regions[index][0]))
-        self.count += 1
+        self.kernels.add(name)
 
 
 def _bounds(x: Any) -> tuple[int, int]:

@@ -93,6 +93,7 @@ struct Thread {
   Block* block;
   const char* waits_at = nullptr;  // name of the barrier or shuffle
   bool done = true;
+  int shuffles = 0;
   jmp_buf where;
   ucontext_t context;
 };
@@ -118,12 +119,11 @@ inline void shim_syncthreads(int) { pthread_barrier_wait(&shim::self->block->bar
 
 template <typename T> T shim_exchange(T value, int from, unsigned long long) {
   shim::Thread* t = shim::self;
-  shim::Warp& warp = t->block->warps[t->number / 32];
-  pthread_barrier_t* barrier = &t->block->warp_barriers[t->number / 32];
-  memcpy(warp.values[0][t->number % 32], &value, sizeof(T));
-  pthread_barrier_wait(barrier);
-  memcpy(&value, warp.values[0][from], sizeof(T));
-  pthread_barrier_wait(barrier);
+  const int warp = t->number / 32, turn = t->shuffles++ & 1;  // two buffers by turns: one wait orders a turn
+  auto& values = t->block->warps[warp].values[turn];
+  memcpy(values[t->number % 32], &value, sizeof(T));
+  pthread_barrier_wait(&t->block->warp_barriers[warp]);
+  memcpy(&value, values[from], sizeof(T));
   return value;
 }
 
