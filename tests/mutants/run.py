@@ -1,8 +1,8 @@
 """Break the CPU kernels, a line at a time, and show that the suite sees it: ``python tests/mutants/run.py [NAME...]``.
 
-Every mutant is a copy of the package in a folder of its own, with its own Numba cache, in which one line is replaced; then
-the tests that should notice run over the `numba` backend. A line that is not found exactly once is an error, and so is a
-selection of tests that fails without the mutation.
+Every mutant is a copy of the package in a folder of its own, with its own Numba cache, in which one line is replaced;
+then the tests that should notice run over the `numba` backend. A line that is not found exactly once is an error, and
+so is a selection of tests that fails without the mutation.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ MUTANTS = [
     Mutant(
         "a block of masked classes gives NaN",
         KERNELS,
-        "base = M if M > low else zero  # a block of −inf only adds exp(−inf) = 0",
+        "base = M if low < M else zero  # a block of −inf only adds exp(−inf) = 0",
         "base = M",
         "test_laws.py:a_whole_block_of_masks",
     ),
@@ -192,32 +192,53 @@ def replace(file: Path, line: str, instead: str) -> None:
     file.write_text("\n".join(lines) + "\n")
 
 
-def suite_passes(mutant: Mutant | None, tests: str) -> bool:
-    """Run the tests on a copy of the package, broken or as it is."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for name in ("swl", "kernels", "tests"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "cuda", "mutants"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        if mutant is not None:
-            replace(copy / mutant.file, mutant.line, mutant.instead)
-        file, _, words = tests.partition(":")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
-        result = subprocess.run(
-            [*command, f"tests/{file}", "-k", f"numba and ({words})"],
-            cwd=copy,
-            env={**os.environ, "NUMBA_CACHE_DIR": str(copy / "numba"), "PYTHONPATH": str(copy), "CI": "true"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode > 1:  # 2: broken beyond running; 5: no such test; below 0: crashed, which is seen too
-            raise SystemExit(f"pytest ended with {result.returncode}:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
-        if result.returncode and mutant is None:
-            raise SystemExit(f"{tests} fails as it is:\n{result.stdout[-3000:]}")
-        if "TypingError" in result.stdout or "LoweringError" in result.stdout or "NameError" in result.stdout:
-            raise SystemExit(f"the mutant {mutant} does not compile:\n{result.stdout[-3000:]}")
-        return result.returncode == 0
+def copy_package(folder: Path) -> None:
+    """Copy what the tests of the CPU kernels need."""
+    leave_out = shutil.ignore_patterns("__pycache__", "cuda", "mutants")
+    for name in ("swl", "kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=leave_out)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def run(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
+    """Run a selection of tests in a copy of the package."""
+    file, _, words = tests.partition(":")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, f"tests/{file}", "-k", f"numba and ({words})"],
+        cwd=folder,
+        env={**os.environ, "NUMBA_CACHE_DIR": str(folder / "numba"), "PYTHONPATH": str(folder), "CI": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def check_selections(mutants: list[Mutant]) -> None:
+    """Hold every mutant's line to be there, and every selection of tests to pass on the kernels as they are."""
+    with tempfile.TemporaryDirectory() as name:
+        copy_package(Path(name))
+        for mutant in mutants:
+            file = Path(name) / mutant.file
+            text = file.read_text()
+            replace(file, mutant.line, mutant.instead)
+            file.write_text(text)
+        for tests in dict.fromkeys(mutant.tests for mutant in mutants):
+            result = run(Path(name), tests)
+            if result.returncode:
+                raise SystemExit(f"{tests} fails without a mutation:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
+
+
+def survives(mutant: Mutant) -> bool:
+    """Tell whether the tests pass on the mutant; a crash is a way of failing."""
+    with tempfile.TemporaryDirectory() as name:
+        copy_package(Path(name))
+        replace(Path(name) / mutant.file, mutant.line, mutant.instead)
+        result = run(Path(name), mutant.tests)
+    broken = [word for word in ("TypingError", "LoweringError", "NameError", "SyntaxError") if word in result.stdout]
+    if result.returncode > 1 or broken:
+        raise SystemExit(f"the mutant {mutant} does not run:\n{result.stdout[-3000:]}{result.stderr[-3000:]}")
+    return result.returncode == 0
 
 
 def main(names: list[str]) -> int:
@@ -225,17 +246,14 @@ def main(names: list[str]) -> int:
     chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
     if not chosen:
         raise SystemExit(f"no mutant is called {names}")
-    for tests in dict.fromkeys(mutant.tests for mutant in chosen):
-        suite_passes(None, tests)
+    check_selections(chosen)
+    print(f"the tests of {len(chosen)} mutants pass on the kernels as they are", flush=True)
     survivors = 0
-    print(f"{len({mutant.tests for mutant in chosen})} selections of tests pass on the kernels as they are")
     for mutant in chosen:
         start = time.perf_counter()
-        survives = suite_passes(mutant, mutant.tests)
-        survivors += survives
-        print(
-            f"{'SURVIVES' if survives else 'killed':8} {time.perf_counter() - start:4.0f} s  {mutant.name}", flush=True
-        )
+        alive = survives(mutant)
+        survivors += alive
+        print(f"{'SURVIVES' if alive else 'killed':8} {time.perf_counter() - start:4.0f} s  {mutant.name}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
     return survivors
 
