@@ -68,7 +68,7 @@ def test_numerical_gradient_in_float32_and_with_a_step_of_ones_own() -> None:
 
 def test_a_step_is_measured_after_rounding() -> None:
     x = np.array([1e6])
-    np.testing.assert_allclose(swl.numerical_gradient(lambda x: 3 * x[0], x, h=1e-7), [3], rtol=1e-3)
+    np.testing.assert_allclose(swl.numerical_gradient(lambda x: x[0], x, h=3e-10), [1], rtol=1e-12)  # 2.6 units of x
     with pytest.raises(ValueError, match="lost in rounding"):
         swl.numerical_gradient(lambda x: x[0], np.array([1e16]), h=1e-3)
 
@@ -262,6 +262,11 @@ def test_wrong_layers(projections: int | None) -> None:
         swl.check_gradients(swl.Sequential(swl.Sigmoid(), head), x, projections=projections)
     with pytest.raises(GradientError, match="gradient of x"):
         swl.check_gradients(DropsScale(), x, np.zeros(4, int), projections=projections)
+
+
+def test_a_dropped_upstream_gradient_of_a_plain_number_fails() -> None:
+    with pytest.raises(GradientError):
+        swl.check_gradients((lambda x: float((x**2).sum()), lambda dout, x: 2 * x), np.ones(2))
 
 
 def test_a_value_of_nan_fails() -> None:
