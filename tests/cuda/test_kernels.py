@@ -60,19 +60,11 @@ def test_a_plan_covers_every_row_within_the_limits(itemsize: int, limits: Limits
 
 
 def test_offsets_are_64_bit() -> None:
-    """A view whose second row lies more than 2³¹ elements behind its first; the memory between is never touched."""
-    store = np.zeros(2**31 + 64, np.float16)  # pages that nobody writes are not there
-    view = np.lib.stride_tricks.as_strided(store, (2, 40), (2 * (2**31 + 8), 2))
-    view[:] = np.arange(80).reshape(2, 40) / 10
-    logits = stand_in.ndarray(view)
-    want = swl.cross_entropy_value_and_grad(view.copy(), np.array([1, 2]), backend="numpy", reduction="none")
-    backend = make()
-    ids, _, _ = backend.prepare_ids(backend.asarray(np.array([1, 2])), 40, -100, None)
-    target = Target(ids=ids)
-    scale = backend.asarray(np.ones(1, np.float32))
-    rows = backend.cross_entropy_forward_backward(logits, target, scale, logits, False)
-    np.testing.assert_allclose(rows.loss.get(), want[0], rtol=1e-5)
-    np.testing.assert_allclose(view.astype(float), want[1].astype(float), atol=1e-3)
+    checks.check_offsets(make)
+
+
+def test_a_shard_of_the_classes() -> None:
+    checks.check_shard(make)
 
 
 def test_a_nan_stays_in_its_row() -> None:

@@ -1,0 +1,224 @@
+"""Break the kernels in one place at a time, and see whether the checks notice.
+
+    python tests/cuda/mutants.py            prints the table of docs/cuda.md; fails if a mutant survives
+    python tests/cuda/mutants.py 3 17       only these
+
+A mutant is a line of a kernel with one piece replaced. It is killed by the first check of `checks.py` that fails, in either
+order of fibers; what no order can show, by ThreadSanitizer with all blocks running at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.pool
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import branches
+import checks
+import cpu_kernels
+import recording
+import stand_in
+
+from swl.backends import _cupy
+
+FLOAT = branches.DTYPES[:1]
+
+
+class Mutant(NamedTuple):
+    what: str
+    file: str
+    old: str
+    new: str
+    check: str = "sweep"  # which check to run first; "ids", "affine"
+
+
+MUTANTS = (
+    Mutant("no barrier before warp 0 reads the other warps' sums", "cross_entropy",
+           "  __syncthreads();  // warp 0 reads", "  // warp 0 reads"),
+    Mutant("no barrier before all read the row", "cross_entropy",
+           "    __syncthreads();  // all read", "    // all read"),
+    Mutant("no barrier before the backward kernel reads its rows", "cross_entropy",
+           "  __syncthreads();  // a row's threads", "  // a row's threads"),
+    Mutant("no barrier before thread 0 counts class ids", "cross_entropy",
+           "  __syncthreads();  // thread 0 reads", "  // thread 0 reads", "ids"),
+    Mutant("no barrier in the column sums", "affine",
+           "  __syncthreads();  // row 0", "  // row 0", "affine"),
+    Mutant("a barrier that only some threads reach", "cross_entropy",
+           "  if (lane == 0) warps[warp] = sums;", "  if (lane == 0) { warps[warp] = sums; __syncthreads(); }"),
+    Mutant("shuffles over half the lanes of a row", "cross_entropy",
+           "other.exp = __shfl_down_sync(ALL_LANES, sums.exp, step, LANES)",
+           "other.exp = __shfl_down_sync(ALL_LANES, sums.exp, step, LANES / 2)"),
+    Mutant("the row's pull taken from lane 0 of the warp, not of the row", "cross_entropy",
+           "__shfl_sync(ALL_LANES, row.pull, 0, LANES ? LANES : 32)", "__shfl_sync(ALL_LANES, row.pull, 0, 32)"),
+    Mutant("the reduction starts a step too low", "cross_entropy",
+           "for (int step = LANES / 2; step > 0; step /= 2) {\n    Sums", "for (int step = LANES / 4; step > 0; step /= 2) {\n    Sums"),
+    Mutant("the last warp's sums are left out", "cross_entropy",
+           "lane < (int)(blockDim.x / 32) ? warps[lane]", "lane < (int)(blockDim.x / 32) - 1 ? warps[lane]"),
+    Mutant("no rescale when the maximum grows", "cross_entropy",
+           "  rescale(sums, max);\n  const A from", "  sums.max = max;\n  const A from"),
+    Mutant("the exponentials are rescaled, the dot product is not", "cross_entropy",
+           "if (sums.mass != 0) sums.dot += sums.mass * shift;", ""),
+    Mutant("entropy rescaled without its shift", "cross_entropy",
+           "factor * (sums.entropy + shift * sums.exp)", "factor * sums.entropy"),
+    Mutant("one of two sums is not rescaled when they meet", "cross_entropy",
+           "  rescale(a, max);\n  rescale(b, max);", "  rescale(b, max);"),
+    Mutant("the maximum drops NaN", "common",
+           "(a >= b || a != a) ? a : b", "a >= b ? a : (b == b ? b : a)"),
+    Mutant("the tail is one column short", "common",
+           "C - c < V ? (int)(C - c) : V", "C - c < V ? (int)(C - c) - 1 : V"),
+    Mutant("the head begins one column late", "common",
+           "c < 0 ? (int)-c : 0", "c < 0 ? (int)-c + 1 : 0"),
+    Mutant("packs laid from the row's start, wherever it lies", "common",
+           "return V == 1 ? 0 : (int)(((unsigned long long)row % 16) / sizeof(T));", "return 0;"),
+    Mutant("16-byte stores although the gradient lies off the logits' boundary", "cross_entropy",
+           "const bool wide = lead_of<T, V>(grad) == lead;", "const bool wide = true;"),
+    Mutant("the last pack of a row is not counted", "common",
+           "return (int)((C + lead + V - 1) / V);", "return (int)((C + lead) / V);"),
+    Mutant("the staged row is read one thread off", "cross_entropy",
+           "mine = stage[j - KEEP * lanes];", "mine = stage[j - KEEP * lanes + (lane % 2 ? -1 : 1)];"),
+    Mutant("the ring of registers is not turned back", "cross_entropy",
+           "    if (k < KEEP) turn(kept, mine);", ""),
+    Mutant("the row's offset in 32 bits", "cross_entropy",
+           "const T* logits = logits_nc + (exists ? n : 0) * stride;",
+           "const T* logits = logits_nc + (int)((exists ? n : 0) * stride);", "offset"),
+    Mutant("an ignored row has a loss", "cross_entropy",
+           "row.counts ? loss : id == INVALID ? nan : (A)0", "id == INVALID ? nan : loss"),
+    Mutant("an ignored row has a gradient", "cross_entropy",
+           "    if (row.counts) {\n      group =", "    if (true) {\n      group ="),
+    Mutant("an invalid id passes silently", "cross_entropy",
+           "id == INVALID ? nan : (A)0", "(A)0"),
+    Mutant("smoothing mass is not multiplied by the class weight", "cross_entropy",
+           "y[i] *= load_shared_by_rows(p.weight_c + at.c + i);", "y[i] *= 1;"),
+    Mutant("smoothing leaves the class id's share whole", "cross_entropy",
+           "row.y_hot = hit ? p.hot * m : (A)0;", "row.y_hot = hit ? m : (A)0;"),
+    Mutant("class ids of a shard without its offset", "cross_entropy",
+           "const i64 c = id - p.first_class;", "const i64 c = id;", "shard"),
+    Mutant("an unguarded target", "cross_entropy",
+           "const bool hit = !DENSE && row.counts && c >= 0 && c < p.C;", "const bool hit = !DENSE && row.counts;", "shard"),
+    Mutant("a masked class with mass 0 makes the dot product NaN", "cross_entropy",
+           "if (y[i] != 0) sums.dot += y[i] * u;", "sums.dot += y[i] * u;"),
+    Mutant("no slope of the softcap", "cross_entropy",
+           "if (p.softcap != 0) g *= 1 - tanh[i] * tanh[i];", ""),
+    Mutant("z-loss missing from the gradient", "cross_entropy",
+           "return z_loss == 0 ? mass : mass + 2 * z_loss * m * (max + log_sum);", "return mass;"),
+    Mutant("the bias of the neighbouring class", "cross_entropy",
+           "z[i] += load_shared_by_rows(p.bias_c + at.c + i);", "z[i] += load_shared_by_rows(p.bias_c + (at.c + i > 0 ? at.c + i - 1 : 0));"),
+    Mutant("stage two leaves out the last block's sums", "cross_entropy",
+           "for (i64 s = lane; s < splits; s += 32)", "for (i64 s = lane; s < splits - 1; s += 32)"),
+    Mutant("stage two combines without rescaling", "cross_entropy",
+           "      sums = combine(sums, Sums<A>{load(from + 0), load(from + 1),", "      sums = combine(sums, Sums<A>{sums.max, load(from + 1),"),
+    Mutant("blocks of a row overlap by a pack", "cross_entropy",
+           "min_of((s + 1) * packs_each, packs_of<V>(lead, C))", "min_of((s + 1) * packs_each + 1, packs_of<V>(lead, C))"),
+    Mutant("blocks add to one another's sums", "cross_entropy",
+           "store(to + 1, sums.exp);", "store(to + 1 - s * SUMS, load(to + 1 - s * SUMS) + sums.exp);"),
+    Mutant("two blocks write the sums of the same columns", "affine",
+           "store(partial_sk + blockIdx.y * K + at.c + i, total);", "store(partial_sk + at.c + i, total);", "affine"),
+    Mutant("the last rows of a stripe are not added", "affine",
+           "n < last; n += blockDim.y", "n + 1 < last; n += blockDim.y", "affine"),
+    Mutant("gradients of W are overwritten, not added to", "affine",
+           "if (accumulate) total +=", "if (false) total +=", "affine"),
+    Mutant("the bias begins one column late", "affine",
+           "load_shared_by_rows(b_k + at.c + i)", "load_shared_by_rows(b_k + (at.c + i + 1) % K)", "affine"),
+    Mutant("an id equal to the number of classes is let through", "cross_entropy",
+           "id < 0 || id >= n_classes", "id < 0 || id > n_classes", "ids"),
+    Mutant("the last bad row is reported, not the first", "cross_entropy",
+           "      bad = min_of(bad, n);", "      bad = n;", "ids"),
+    Mutant("the weight of an ignored row counts", "cross_entropy",
+           "const A m = id < 0 ? (A)0 : weight_c", "const A m = weight_c && id == -1 ? weight_c[0] : id < 0 ? (A)0 : weight_c", "ids"),
+    Mutant("a later error replaces the first", "cross_entropy",
+           "atomicCAS(error_5, 0ull, 1ull) == 0ull", "(atomicCAS(error_5, 0ull, 1ull), true)", "ids"),
+    Mutant("a thread's row beside the block's shared row", "cross_entropy",
+           "    rows[threadIdx.x] = row;", "    rows[0] = row;"),
+)
+
+
+def check_of(mutant: Mutant) -> None:
+    """Run the checks on the kernels as `_cupy.source` gives them; raises if one fails."""
+    make = lambda: _cupy.CupyBackend(stand_in)  # noqa: E731
+    if mutant.check == "ids":
+        checks.check_ids(make)
+    elif mutant.check == "affine":
+        checks.check_affine(make, FLOAT)
+    elif mutant.check == "offset":
+        checks.check_offsets(make)
+    elif mutant.check == "shard":
+        checks.check_shard(make)
+    else:
+        for case in branches.cases(FLOAT):
+            checks.check_case(case, make)
+
+
+def verdict(number: int) -> str:
+    """Give the check that kills a mutant and what it says, or an empty string if it survives."""
+    mutant = MUTANTS[number]
+    original = _cupy.source
+
+    def broken(name: str) -> str:
+        text = original(name)
+        if mutant.file not in (name, "common"):
+            return text
+        assert mutant.old in text, f"mutant {number} is not in the source: {mutant.old}"
+        return text.replace(mutant.old, mutant.new)
+
+    _cupy.source = broken  # type: ignore[assignment]
+    stand_in.OPTIMISE = "-O0"
+    with recording.recording() as made:
+        try:
+            check_of(mutant)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if "not in the source" in str(error) or str(error).startswith(cpu_kernels.CXX):
+                raise
+            what = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
+            return f"{mutant.check}: {' '.join(what.split())[:80]}"
+    with tempfile.TemporaryDirectory() as folder:
+        for names, launches in made.launches.items():
+            complaint = recording.replay(
+                made.libraries[names], bytes(launches), recording.THREAD, cpu_kernels.THREADS, Path(folder)
+            )
+            if complaint:
+                return f"ThreadSanitizer: {' '.join(complaint.split())[:80]}"
+    return ""
+
+
+def _in_a_process(number: int) -> str:
+    """Judge a mutant in a process of its own: it may write anywhere."""
+    parent, child = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def judge() -> None:
+        with contextlib.redirect_stderr(None):
+            child.send(verdict(number))
+
+    process = multiprocessing.get_context("fork").Process(target=judge)
+    process.start()
+    child.close()
+    try:
+        said = parent.recv()
+    except EOFError:
+        process.join()
+        said = f"crash: signal {-process.exitcode}" if process.exitcode < 0 else f"error: exit {process.exitcode}"
+    process.join()
+    return said
+
+
+def main(chosen: list[int]) -> int:
+    """Print the table; return the number of survivors."""
+    numbers = chosen or list(range(len(MUTANTS)))
+    with multiprocessing.pool.ThreadPool(2) as pool:
+        verdicts = pool.map(_in_a_process, numbers, chunksize=1)
+    print("| # | mutant | in | killed by |\n|---|---|---|---|")
+    survivors = 0
+    for number, said in zip(numbers, verdicts, strict=True):
+        mutant = MUTANTS[number]
+        survivors += not said or said.startswith("error")
+        print(f"| {number} | {mutant.what} | {mutant.file} | {(said or 'SURVIVES').replace('|', '/')} |")
+    print(f"\n{len(numbers) - survivors} of {len(numbers)} killed")
+    return survivors
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(a) for a in sys.argv[1:]]) != 0)

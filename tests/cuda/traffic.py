@@ -1,0 +1,113 @@
+"""Bytes that the kernels read and write for each logit, counted by the emulator.
+
+    python tests/cuda/traffic.py            prints the table of docs/cuda.md; fails if a limit is exceeded
+
+One read of a logit is its size in bytes. The floor is one read for the forward sweep; one read and one write for the
+backward sweep, and for both at once where a row stays on chip.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import branches
+import ml_dtypes
+import numpy as np
+import stand_in
+
+from swl.backends._cupy import CupyBackend
+from swl.targets import Target
+
+H100, A10 = 227 * 1024, 99 * 1024  # bytes of shared memory that one block may have
+
+
+class Row(NamedTuple):
+    """One line of the table, and the most that it may read and write."""
+
+    variant: str
+    dtype: str
+    C: int
+    shared: int
+    sweeps: str
+    reads: float
+    writes: float
+    most_reads: float
+    most_writes: float
+
+    def ok(self) -> bool:
+        return self.reads <= self.most_reads and self.writes <= self.most_writes
+
+
+# C, dtype, rows, multiprocessors (few rows are split where 3·N ≤ this), shared memory of the device
+SHAPES = (
+    (10, np.float32, 256, 132, H100),
+    (500, np.float32, 8, 132, H100),
+    (1000, np.float32, 8, 3, H100),
+    (32000, np.float32, 2, 3, H100),
+    (32000, np.float32, 2, 3, A10),
+    (50257, ml_dtypes.bfloat16, 2, 3, H100),
+    (50257, ml_dtypes.bfloat16, 2, 3, A10),
+    (128256, ml_dtypes.bfloat16, 2, 3, H100),
+    (262144, ml_dtypes.bfloat16, 2, 3, H100),
+    (1000000, np.float32, 1, 132, H100),
+)
+
+
+def measure() -> list[Row]:
+    """Run every shape forward, backward and both, and count."""
+    table = []
+    for C, scalar, N, processors, shared in SHAPES:
+        dtype = np.dtype(scalar)
+        with branches.small_device(processors, shared):
+            backend = CupyBackend(stand_in)
+            logits = backend.asarray(np.random.default_rng(0).normal(size=(N, C)).astype(dtype))
+            ids, _, _ = backend.prepare_ids(backend.asarray(np.arange(N) % C), C, -100, None)
+            target, scale = Target(ids=ids), backend.asarray(np.ones(1, np.float32))
+            grad = backend.empty((N, C), dtype)
+            rows = backend.cross_entropy_forward(logits, target, False)
+            for sweeps, call in (
+                ("forward", lambda: backend.cross_entropy_forward(logits, target, False)),
+                ("backward", lambda: backend.cross_entropy_backward(logits, target, rows, scale, grad)),
+                ("both", lambda: backend.cross_entropy_forward_backward(logits, target, scale, grad, False)),
+            ):
+                counted: list[tuple[str, Any]] = []
+                observe = lambda _l, name, _s, _a, report: report and counted.append((name, report))  # noqa: E731, B023
+                stand_in.observers.append(observe)
+                try:
+                    call()
+                finally:
+                    stand_in.observers.remove(observe)
+                names = [name.split("<")[0].removeprefix("ce_") for name, _ in counted]
+                reads = 1 if sweeps != "both" or names == ["rows"] else 2  # of each logit
+                short = C < 100  # what is read and written once per row weighs much in a short row
+                table.append(
+                    Row(
+                        " + ".join(names),
+                        dtype.name,
+                        C,
+                        shared,
+                        sweeps,
+                        read,
+                        written,
+                        1.6 if short else 1.02 if reads == 1 else 2.05,
+                        (sweeps != "forward") + (0.5 if short else 0.02),
+                    )
+                )
+    return table
+
+
+def main() -> int:
+    table = measure()
+    print("| classes | logits | shared memory | sweep | kernels | reads | at most | writes | at most |")
+    print("|--:|---|--:|---|---|--:|--:|--:|--:|")
+    for row in table:
+        print(
+            f"| {row.C} | {row.dtype} | {row.shared // 1024} KiB | {row.sweeps} | {row.variant} | {row.reads:.4f} "
+            f"| {row.most_reads:.2f} | {row.writes:.4f} | {row.most_writes:.2f} |{'' if row.ok() else ' TOO MUCH |'}"
+        )
+    return sum(not row.ok() for row in table)
+
+
+if __name__ == "__main__":
+    sys.exit(main() != 0)
