@@ -17,7 +17,7 @@ from swl.functional import (
 )
 from swl.fused import Plan, plan
 from swl.gradcheck import check_gradients, numerical_gradient
-from swl.layers import Affine, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
+from swl.layers import Affine, AffineSoftmaxWithLoss, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
 from swl.optim import SGD, AdamW
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "Affine",
+    "AffineSoftmaxWithLoss",
     "BackendUnavailable",
     "Plan",
     "ReLU",

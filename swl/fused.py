@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.backends import Rows
+from swl.checks import acc_dtype, check_needs
 from swl.combine import combine
 from swl.problem import ChunkedProbabilities, Problem
 from swl.targets import Target
@@ -46,7 +47,7 @@ class Plan(NamedTuple):
     classes: int
     """Classes of a chunk; C where only rows are cut."""
     tile: int
-    """Classes of ``dW`` that are added to at a time."""
+    """Classes of ``dW`` that are added to at a time; 0 where it is not needed."""
     itemsize: int
     """Bytes of a number in the arithmetic."""
     products: int
@@ -63,7 +64,7 @@ class Plan(NamedTuple):
         """Working memory: a chunk's logits, and the temporaries of what is added up over chunks."""
         several_rows, several_classes = self.rows < self.N, self.classes < self.C
         return self.itemsize * (
-            self.rows * self.classes
+            min(self.rows, self.N) * min(self.classes, self.C)
             + (2 * self.D * self.tile if several_rows else 0)
             + (2 * self.rows * self.D if several_classes else 0)
         )
@@ -103,7 +104,8 @@ def plan(
     needs : collection of {"dx", "dW", "db"}
         Empty for the loss alone.
     memory_budget : int
-        Bytes of working memory, inputs and outputs not counted. Below one row of one class it cannot go.
+        Bytes of working memory, inputs and outputs not counted. It is kept from ``4·D + 1`` numbers on; a smaller one
+        gets the smallest chunks.
 
     Returns
     -------
@@ -122,7 +124,7 @@ def plan(
     linear_cross_entropy of 4096 rows, 768 inputs, 50257 classes
       chunks  4 of 1024 rows × 50257 classes
       memory  208.3 MiB of a budget of 256.0 MiB; all logits are 785.3 MiB
-      work    3 products, 1235.0 Gflop...
+      work    3 products, 948.6 Gflop
     """
     for name, size in (("N", N), ("D", D), ("C", C)):
         if size < 0:
@@ -131,14 +133,15 @@ def plan(
         raise TypeError(f"memory_budget must be a number of bytes, an integer, got {memory_budget!r}")
     if memory_budget <= 0:
         raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
-    itemsize = 8 if dtype == np.float64 else 4
+    needs = check_needs(needs)
+    itemsize = acc_dtype(np.dtype(dtype)).itemsize
     room = memory_budget // itemsize  # in numbers
-    gradients = len(set(needs) & {"dx", "dW"})
-    tile = max(1, min(C, 2048, room // (16 * max(D, 1))))
+    gradients = len(needs & {"dx", "dW"})
+    tile = max(1, min(C, 2048, room // (16 * max(D, 1)))) if "dW" in needs else 0
     products = 1 + gradients
     if room >= N * C:
         return Plan(N, D, C, max(N, 1), max(C, 1), tile, itemsize, products, memory_budget)
-    rows = (room - (2 * D * tile if "dW" in needs else 0)) // C
+    rows = (room - 2 * D * tile) // C
     if rows >= min(N, MIN_ROWS):
         return Plan(N, D, C, _even(N, rows), C, tile, itemsize, products, memory_budget)
     rows = max(1, min(N, 4 * MIN_ROWS, room // (4 * max(D, 1))))
@@ -153,7 +156,8 @@ def _even(total: int, most: int) -> int:
     return -(-total // parts)
 
 
-def _cuts(total: int, size: int) -> Iterator[tuple[int, int]]:
+def cuts(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut ``range(total)`` into ranges of `size`, the last one shorter."""
     for start in range(0, total, size):
         yield start, min(start + size, total)
 
@@ -201,7 +205,7 @@ def sweep(
     N, C = x.shape[0], W.shape[1]
     buffer = backend.empty((min(cut.rows, N), cut.classes), p.acc)
     parts: list[Rows] = []
-    for r0, r1 in _cuts(N, cut.rows):
+    for r0, r1 in cuts(N, cut.rows):
         target = p.target.rows(r0, r1)
         scale = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[r0:r1]
         chunk = _Chunk(p, x[r0:r1], W, buffer[: r1 - r0], cut, first=r0 == 0)
@@ -261,7 +265,6 @@ class _Chunk(NamedTuple):
         if known is None:
             rows = backend.cross_entropy_forward_backward(logits, target, scale, logits, stats)
         else:
-            rows = known
             backend.cross_entropy_backward(logits, target, rows, scale, logits)
         if into.dx is not None:
             backend.affine_backward(logits, self.x, self.W, into.dx, None, None)
@@ -272,7 +275,7 @@ class _Chunk(NamedTuple):
         """Sweep over chunks of classes: the loss."""
         xp = self.problem.backend.xp
         parts, starts, plain = [], [], []
-        for c0, c1 in _cuts(self.W.shape[1], self.cut.classes):
+        for c0, c1 in cuts(self.W.shape[1], self.cut.classes):
             here = self._target(target, c0, c1)
             parts.append(self.problem.backend.cross_entropy_forward(self._logits(c0, c1), here, stats))
             starts.append(c0)
@@ -284,7 +287,7 @@ class _Chunk(NamedTuple):
         """Sweep over chunks of classes: the gradients."""
         backend = self.problem.backend
         dx = share = None
-        for c0, c1 in _cuts(self.W.shape[1], self.cut.classes):
+        for c0, c1 in cuts(self.W.shape[1], self.cut.classes):
             logits, here = self._logits(c0, c1), self._target(target, c0, c1)
             backend.cross_entropy_backward(logits, here, rows, scale, logits)
             if into.dx is not None:
@@ -302,8 +305,8 @@ class _Chunk(NamedTuple):
         """``dW[:, c0:c1] += xᵀ·G`` and ``db[c0:c1] += Σ G``; a tile at a time where there is something to add to."""
         if into.dW is None and into.db is None:
             return
-        tile = c1 - c0 if self.first else self.cut.tile
-        for t0, t1 in _cuts(c1 - c0, tile):
+        tile = c1 - c0 if self.first or into.dW is None else self.cut.tile
+        for t0, t1 in cuts(c1 - c0, tile):
             columns = slice(c0 + t0, c0 + t1)
             dW = None if into.dW is None else into.dW[:, columns]
             db = None if into.db is None else into.db[columns]

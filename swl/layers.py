@@ -6,124 +6,21 @@ without a trace), parameters by name, and copies and pickles that leave the last
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Unpack
+from collections.abc import Iterable, Iterator
+from typing import Any, Unpack
 
 import numpy as np
 
 from swl import checks, passes
-from swl.arrays import beside, to_numpy
-from swl.backends import Backend, active, get, resolve
+from swl.backends import get, resolve
+from swl.head import AffineSoftmaxWithLoss
+from swl.layer import Layer, WithAffineParameters, bring, describe
 from swl.targets import OptionKwargs, Options
 
-__all__ = ["Affine", "Layer", "ReLU", "Relu", "Sequential", "Sigmoid", "SoftmaxWithLoss"]
+__all__ = ["Affine", "AffineSoftmaxWithLoss", "Layer", "ReLU", "Relu", "Sequential", "Sigmoid", "SoftmaxWithLoss"]
 
 
-def _bring(backend: Backend, name: str, x: Any) -> Any:
-    """Bring `x` to a layer's backend: host to device is a copy, device to host an error that says so."""
-    if type(x) is np.ndarray and backend.xp is np:
-        return x
-    if hasattr(x, "dtype"):
-        resolve(backend.name, {name: x})
-    return backend.asarray(x)
-
-
-def _as_stored(x: Any, p: Any) -> Any:
-    """Undo what ``numpy.savez`` does to bfloat16, which it stores as two nameless bytes."""
-    return x.view(p.dtype) if x.dtype.kind == "V" and x.dtype.itemsize == p.dtype.itemsize else x
-
-
-class Layer:
-    """What the layers share: they say in `_run` how to compute, and get forward and predict from it."""
-
-    names: ClassVar[tuple[str, ...]] = ()
-    """Attributes that hold parameters; the gradient of ``W`` is the attribute ``dW``."""
-    _saved: Any = None  # what forward leaves for backward
-
-    def _run(self, x: Any) -> tuple[Any, Any]:
-        """Compute the output, and what `backward` needs."""
-        raise NotImplementedError
-
-    def forward(self, x: Any) -> Any:
-        """Compute the output and keep what `backward` needs."""
-        y, self._saved = self._run(x)
-        return y
-
-    def predict(self, x: Any) -> Any:
-        """Compute the output and keep nothing: a later `backward` still belongs to the last `forward`."""
-        return self._run(x)[0]
-
-    def parameters(self) -> dict[str, Any]:
-        """Give the parameters by name: the very arrays, to be updated in place."""
-        return {name: p for name in self.names if (p := getattr(self, name)) is not None}
-
-    def gradients(self) -> dict[str, Any]:
-        """Give the gradients of the last `backward` under the names of their parameters.
-
-        Raises
-        ------
-        RuntimeError
-            If there was no `backward` yet.
-        """
-        found = {}
-        for name in self.names:
-            if getattr(self, name) is not None:
-                found[name] = getattr(self, "d" + name)
-                if found[name] is None:
-                    raise RuntimeError(f"{type(self).__name__} has no gradients: call backward first")
-        return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """Give a snapshot of the parameters: NumPy copies by name, which later training does not touch.
-
-        Examples
-        --------
-        >>> import swl
-        >>> layer = swl.Affine.init(4, 2)
-        >>> best = layer.state_dict()  # numpy.savez("best.npz", **best) saves it
-        >>> layer.load_state_dict(best)
-        """
-        return {name: to_numpy(p) for name, p in self.parameters().items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy `state` into the parameters, in place; all of it is checked before anything is written.
-
-        Parameters
-        ----------
-        state : mapping of names to arrays
-            A `state_dict`, or what `numpy.load` gives of a saved one. Values are rounded to the parameters' dtypes.
-
-        Raises
-        ------
-        ValueError
-            If names or shapes are not those of the parameters.
-        """
-        parameters = self.parameters()
-        missing, unknown = sorted(parameters.keys() - set(state)), sorted(set(state) - parameters.keys())
-        if missing or unknown:
-            raise ValueError(f"state must name exactly the parameters: missing are {missing}, unknown are {unknown}")
-        values = {name: _as_stored(np.asarray(state[name]), p) for name, p in parameters.items()}
-        for name, p in parameters.items():
-            checks.require_shape(f"state[{name!r}]", values[name], p.shape, "the shape of the parameter")
-            if not getattr(p.flags, "writeable", True):
-                raise ValueError(f"parameter {name!r} is read-only")
-        for name, p in parameters.items():
-            p[...] = beside(p, values[name].astype(p.dtype))
-
-    def _last_forward(self) -> Any:
-        if self._saved is None:
-            raise RuntimeError(f"{type(self).__name__}.backward was called before forward")
-        return self._saved
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_saved"}
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
-
-class Affine(Layer):
+class Affine(WithAffineParameters):
     """The affine map ``y = x·W + b``.
 
     Parameters
@@ -163,61 +60,8 @@ class Affine(Layer):
            [2., 2.]])
     """
 
-    names = ("W", "b")
-
     def __init__(self, W: Any, b: Any = None) -> None:
-        self.backend = resolve(None, {"W": W}).name
-        self.dW: Any = None
-        self.db: Any = None
-        self._place(W, b)
-
-    @classmethod
-    def init(cls, D: int, K: int, *, rng: Any = None, dtype: Any = np.float32) -> Affine:
-        """Draw ``W ~ N(0, 2/D)`` (He et al., 2015), set ``b = 0``, and place both on the active backend.
-
-        Parameters
-        ----------
-        D, K : int
-            Sizes of input and output.
-        rng : numpy.random.Generator or int, optional
-            Generator or seed. The numbers are drawn on the host, so they are the same on every backend.
-        dtype : floating dtype
-
-        Examples
-        --------
-        >>> import swl
-        >>> swl.Affine.init(784, 50, rng=0)
-        Affine(784, 50)
-        """
-        for name, size in (("D", D), ("K", K)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        W = np.random.default_rng(rng).standard_normal((D, K)) * math.sqrt(2 / D)
-        backend = get(active())
-        return cls(backend.asarray(W.astype(dtype)), backend.asarray(np.zeros(K, dtype)))
-
-    @property
-    def W(self) -> Any:  # noqa: N802 - the book's name
-        """The weights ``(D, K)``."""
-        return self._W
-
-    @W.setter
-    def W(self, W: Any) -> None:  # noqa: N802 - the book's name
-        self._place(W, self._b)
-
-    @property
-    def b(self) -> Any:
-        """The bias ``(K,)``, or None."""
-        return self._b
-
-    @b.setter
-    def b(self, b: Any) -> None:
-        self._place(self._W, b)
-
-    def _place(self, W: Any, b: Any) -> None:
-        backend = get(self.backend)
-        b = None if b is None else _bring(backend, "b", b)
-        self._W, self._b = checks.affine_parameters(backend, _bring(backend, "W", W), b)
+        super().__init__(W, b)
 
     @property
     def x(self) -> Any:
@@ -241,7 +85,7 @@ class Affine(Layer):
 
     def _run(self, x: Any) -> tuple[Any, passes.AffinePass]:
         backend = get(self.backend)
-        done = passes.AffinePass.of(backend, _bring(backend, "x", x), self._W)
+        done = passes.AffinePass.of(backend, bring(backend, "x", x), self._W)
         return done.forward(self._b), done
 
     def backward(self, dout: Any) -> Any:
@@ -378,13 +222,13 @@ class SoftmaxWithLoss(Layer):
         backend = resolve(options.backend, {"x": x})
         if type(x) is not np.ndarray or backend.xp is not np:
             x = backend.asarray(x)
-        t = _bring(backend, "t", t)
+        t = bring(backend, "t", t)
         if plain:
             return x, t, options
         home = backend.name, str(getattr(x, "device", ""))
         if home not in self._placed:
             arrays = {"weight": options.weight, "sample_weight": options.sample_weight}
-            here = {name: _bring(backend, name, a) for name, a in arrays.items() if a is not None}
+            here = {name: bring(backend, name, a) for name, a in arrays.items() if a is not None}
             self._placed[home] = options._replace(**here)
         return x, t, self._placed[home]
 
@@ -451,9 +295,7 @@ class SoftmaxWithLoss(Layer):
         return {**super().__getstate__(), "t": None, "loss": None, "_y": None, "_placed": {}}
 
     def __repr__(self) -> str:
-        given = Options()._asdict()
-        options = ", ".join(f"{k}={v!r}" for k, v in self.options._asdict().items() if v is not given[k])
-        return f"SoftmaxWithLoss({options})"
+        return f"SoftmaxWithLoss({', '.join(describe(self.options))})"
 
 
 class Sequential(Layer):

@@ -9,7 +9,7 @@ import numpy as np
 
 from swl.backends import Backend, Rows, resolve
 from swl.checks import acc_dtype, flatten_inputs, float_array, real_array, require_shape
-from swl.fused import Gradients, Plan, plan, sweep
+from swl.fused import Gradients, Plan, cuts, plan, sweep
 from swl.problem import ChunkedProbabilities, Problem, problem
 from swl.targets import Options
 
@@ -32,13 +32,21 @@ class AffinePass(NamedTuple):
         x2, leading = flatten_inputs(x2, W.shape[0])
         return cls(backend, x, x2, W, leading)
 
-    def forward(self, b: Any) -> Any:
-        """Compute ``y = x·W + b``."""
+    def forward(self, b: Any, memory_budget: int | None = None) -> Any:
+        """Compute ``y = x·W + b``; in chunks if the temporaries are to stay within a budget in bytes."""
         backend, _, x2, W, leading = self
         same = x2.dtype == W.dtype and (b is None or b.dtype == W.dtype)
         dtype = W.dtype if same else backend.xp.result_type(*(a for a in (x2, W, b) if a is not None))
-        y = backend.empty((x2.shape[0], W.shape[1]), dtype)
-        backend.affine_forward(x2, W, b, y)
+        (N, D), C = x2.shape, W.shape[1]
+        y = backend.empty((N, C), dtype)
+        if memory_budget is None:
+            backend.affine_forward(x2, W, b, y)
+        else:
+            cut = plan(N, D, C, dtype=acc_dtype(dtype), needs=(), memory_budget=memory_budget)
+            for r0, r1 in cuts(N, cut.rows):
+                for c0, c1 in cuts(C, cut.classes):
+                    bias = None if b is None else b[c0:c1]
+                    backend.affine_forward(x2[r0:r1], W[:, c0:c1], bias, y[r0:r1, c0:c1])
         return y if len(leading) == 1 else y.reshape(*leading, W.shape[1])
 
     def backward(self, dout: Any, needs: Collection[str] = ("dx", "dW", "db")) -> tuple[Any, Any, Any]:
@@ -186,7 +194,7 @@ class LinearPass(NamedTuple):
         C = W.shape[1]
         if C == 0:
             raise ValueError(f"W must have at least one column, a class, got shape {W.shape}")
-        acc = acc_dtype(backend.xp.result_type(done.x2, W))
+        acc = acc_dtype(backend.xp.result_type(*(a for a in (done.x2, W, b) if a is not None)))
         if callable(target):
             target = ChunkedProbabilities(target, slice(0, done.x2.shape[0]), slice(0, C))
         p = problem(backend, target, done.leading, C, acc, options)
@@ -216,15 +224,9 @@ class LinearPass(NamedTuple):
             needs = [name for name in needs if name != "db"]
         cut = self.cut(needs)
         adds_up = W.dtype if cut.rows >= x.shape[0] else acc_dtype(W.dtype)
-        like_w = W.strides[0] < W.strides[1]  # a (C, D) matrix seen as (D, C) gets its gradient likewise
-        dW = (
-            (backend.empty(W.shape[::-1], adds_up).T if like_w else backend.empty(W.shape, adds_up))
-            if "dW" in needs
-            else None
-        )
         into = Gradients(
             dx=backend.empty(x.shape, x.dtype) if "dx" in needs else None,
-            dW=dW,
+            dW=empty_like_weights(backend, W, adds_up) if "dW" in needs else None,
             db=backend.empty((W.shape[1],), p.acc) if "db" in needs else None,
         )
         if any(gradient is not None for gradient in into):
@@ -238,3 +240,8 @@ class LinearPass(NamedTuple):
             None if dW is None else dW.astype(W.dtype, copy=False),
             None if db is None else db.astype(self.b.dtype, copy=False),
         )
+
+
+def empty_like_weights(backend: Backend, W: Any, dtype: Any) -> Any:
+    """Give an array for the gradient of `W`: a (C, D) matrix seen as (D, C) gets its gradient likewise."""
+    return backend.empty(W.shape[::-1], dtype).T if W.strides[0] < W.strides[1] else backend.empty(W.shape, dtype)

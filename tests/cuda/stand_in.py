@@ -37,7 +37,7 @@ class Forbidden(AssertionError):
 
 # ------------------------------------------------------------------------------------------------ waiting
 
-_INSIDE = ("swl.functional", "swl.layers", "swl.optim", "swl.targets", "swl.backends", "swl.passes", "swl.problem", "swl.checks", "swl.fused", "swl.combine", "swl.head")
+_INSIDE = ("swl.functional", "swl.layer", "swl.layers", "swl.optim", "swl.targets", "swl.backends", "swl.passes", "swl.problem", "swl.checks", "swl.fused", "swl.combine", "swl.head")
 _MAY_WAIT = frozenset(("check", "info", "state_dict", "_number"))  # the last puts values into error messages
 
 
@@ -464,12 +464,16 @@ def concatenate(tup: Sequence[ndarray], axis: int = 0) -> ndarray:
     return _new(np.concatenate([a._host for a in tup], axis=axis), tup[0]._device)
 
 
+def stack(tup: Sequence[ndarray], axis: int = 0) -> ndarray:
+    return _new(np.stack([a._host for a in tup], axis=axis), tup[0]._device)
+
+
 def take_along_axis(a: ndarray, indices: ndarray, axis: int) -> ndarray:
     return _new(np.take_along_axis(a._host, indices._host, axis), a._device)
 
 
 def argsort(a: ndarray, axis: int = -1) -> ndarray:
-    return _new(np.argsort(a._host, axis=axis), a._device)
+    return _new(np.argsort(a._host, axis=axis, kind="stable"), a._device)  # CuPy's default, and its only kind
 
 
 def argpartition(a: ndarray, kth: int, axis: int = -1) -> ndarray:

@@ -1,0 +1,257 @@
+"""The fused head as a layer: Affine and SoftmaxWithLoss in one, which never store the (N, C) logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+
+from swl.backends import Backend, Rows, get
+from swl.checks import acc_dtype
+from swl.combine import combine
+from swl.fused import DEFAULT_BUDGET, cuts, plan
+from swl.layer import WithAffineParameters, bring, describe
+from swl.passes import AffinePass, LinearPass
+from swl.targets import OptionKwargs, Options, Target
+
+__all__ = ["AffineSoftmaxWithLoss"]
+
+SELECTING = 8
+"""`top_k` holds a chunk of logits, a partitioned copy, masks, counts and candidates: less than eight times the chunk."""
+
+
+class _Saved(NamedTuple):
+    done: LinearPass
+    rows: Rows
+
+    @property
+    def x(self) -> Any:
+        return self.done.x
+
+
+class AffineSoftmaxWithLoss(WithAffineParameters):
+    """The affine map ``x·W + b``, softmax and cross-entropy as the last layer, in chunks within a memory budget.
+
+    It computes what ``Affine(W, b)`` and ``SoftmaxWithLoss(**options)`` compute one after the other, but never stores the
+    ``(N, C)`` logits.
+
+    Parameters
+    ----------
+    W : array, shape (D, C), floating
+    b : array, shape (C,), floating, optional
+        Both are kept, as by `Affine`.
+    memory_budget : int
+        Bytes of working memory, inputs and outputs not counted; `swl.plan` says what it leads to. Any budget gives the
+        same result up to rounding.
+    **options
+        Those of `swl.cross_entropy`: ``weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss,
+        softcap, denominator, backend, check``.
+
+    Attributes
+    ----------
+    W, b, dW, db, x, backend
+        As `Affine`.
+    t : array or callable, or None
+        The target of the last forward.
+    loss : 0-d array, or shape (...) under ``reduction="none"``, or None
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what came and what is legal.
+
+    Examples
+    --------
+    >>> import numpy as np, swl
+    >>> layer = swl.AffineSoftmaxWithLoss(np.zeros((1, 2)), np.zeros(2))
+    >>> layer.forward(np.array([[3.]]), np.array([0]))
+    array(0.69314718)
+    >>> layer.backward()
+    array([[0.]])
+    >>> layer.dW, layer.db
+    (array([[-1.5,  1.5]]), array([-0.5,  0.5]))
+    """
+
+    def __init__(
+        self, W: Any, b: Any = None, *, memory_budget: int = DEFAULT_BUDGET, **options: Unpack[OptionKwargs]
+    ) -> None:
+        checked = Options.checked(options)
+        plan(0, 0, 0, memory_budget=memory_budget)  # refuses a budget that is none
+        super().__init__(W, b, asked=checked.backend)
+        here = get(self.backend)
+        arrays = {"weight": checked.weight, "sample_weight": checked.sample_weight}
+        self.options = checked._replace(**{name: bring(here, name, a) for name, a in arrays.items() if a is not None})
+        self.memory_budget = memory_budget
+        self.t: Any = None
+        self.loss: Any = None
+
+    def forward(self, x: Any, t: Any) -> Any:  # type: ignore[override]
+        """Compute the loss.
+
+        Parameters
+        ----------
+        x : array, shape (..., D) or (N, ...) with trailing axes of product D
+        t : array, shape (...) of class ids, or (..., C) of probabilities or one-hot; or a callable
+            A host array is brought to the layer's backend. A callable gives probabilities a chunk at a time, as in
+            `swl.linear_cross_entropy`; it is called again by `backward`.
+
+        Returns
+        -------
+        0-d array, or shape (...) under ``reduction="none"``
+        """
+        done = self._pass(x, t)
+        return self._keep(done, done.forward(), t)
+
+    def backward(self, dout: Any = 1) -> Any:
+        """Compute the gradient of the inputs, ``dout·∂loss/∂x``, and leave `dW` and `db` on the layer.
+
+        The logits are formed again, chunk by chunk; `forward_backward` spares that product.
+
+        Parameters
+        ----------
+        dout : number or 0-d array; under ``reduction="none"`` also shape (...)
+            Gradient of whatever comes after the loss.
+
+        Returns
+        -------
+        array, of the shape of `x`
+
+        Raises
+        ------
+        RuntimeError
+            Before the first `forward`.
+        """
+        done, rows = self._last_forward()
+        _, (dx, self.dW, self.db) = done.gradients(dout, ("dx", "dW", "db"), known=rows)
+        return dx
+
+    def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
+        """Compute `forward`, then `backward`, in one sweep: three matrix products instead of four.
+
+        Returns
+        -------
+        loss, dx : arrays
+        """
+        done = self._pass(x, t)
+        rows, (dx, dW, db) = done.gradients(dout, ("dx", "dW", "db"))
+        self.dW, self.db = dW, db
+        return self._keep(done, rows, t), dx
+
+    def predict(self, x: Any) -> Any:
+        """Compute the scores ``x·W + b``, shape (..., C), as `Affine` does: without softcap and softmax.
+
+        The result is the only array of that size.
+        """
+        done = AffinePass.of(get(self.backend), bring(get(self.backend), "x", x), self._W)
+        return done.forward(self._b, self.memory_budget)
+
+    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+        """Find the k most probable classes of each row, within the memory budget.
+
+        Parameters
+        ----------
+        x : array
+            As `forward` takes it.
+        k : int
+            In [1, C].
+
+        Returns
+        -------
+        ids : array, shape (..., k), int64
+            The most probable class first, the lower id first among equal scores.
+        log_probs : array, shape (..., k)
+            Their log-probabilities under bias and softcap, in nats; float64 if an operand is, else float32. NaN where a
+            score of the row is NaN or ``+inf``, or all are ``−inf``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `k` is not an integer in [1, C], or `x` does not fit.
+
+        Examples
+        --------
+        >>> import numpy as np, swl
+        >>> layer = swl.AffineSoftmaxWithLoss(np.log([[1., 5., 2., 2.]]))
+        >>> ids, log_probs = layer.top_k(np.array([[1.]]), 3)
+        >>> ids, np.exp(log_probs)
+        (array([[1, 2, 3]]), array([[0.5, 0.2, 0.2]]))
+        """
+        backend, C = get(self.backend), self._W.shape[1]
+        if isinstance(k, bool) or not isinstance(k, int | np.integer):
+            raise TypeError(f"k must be an integer, got {k!r} of type {type(k).__name__}")
+        if not 1 <= k <= C:
+            raise ValueError(f"k must be in [1, {C}], the number of classes, got {k}")
+        done = AffinePass.of(backend, bring(backend, "x", x), self._W)
+        x2, shape = done.x2, (*done.leading, int(k))
+        N, D = x2.shape
+        acc = acc_dtype(backend.xp.result_type(*(a for a in (x2, self._W, self._b) if a is not None)))
+        cut = plan(N, D, C, dtype=acc, needs=(), memory_budget=max(1, self.memory_budget // SELECTING))
+        ids, log_probs = backend.empty((N, int(k)), np.int64), backend.empty((N, int(k)), acc)
+        buffer = backend.empty((min(cut.rows, N), cut.classes), acc)
+        for r0, r1 in cuts(N, cut.rows):
+            ids[r0:r1], log_probs[r0:r1] = self._top_rows(backend, x2[r0:r1], int(k), buffer[: r1 - r0])
+        return ids.reshape(shape), log_probs.reshape(shape)
+
+    def _top_rows(self, backend: Backend, x: Any, k: int, buffer: Any) -> tuple[Any, Any]:
+        """Sweep some rows over chunks of classes, and keep the best so far."""
+        xp, C = backend.xp, self._W.shape[1]
+        whole = Target(ids=xp.zeros(len(x), np.int64))  # any class will do: only M and S are wanted
+        parts, starts = [], []
+        ids = z = None
+        for c0, c1 in cuts(C, buffer.shape[1]):
+            logits = buffer[:, : c1 - c0]
+            backend.affine_forward(x, self._W[:, c0:c1], None if self._b is None else self._b[c0:c1], logits)
+            if self.options.softcap is not None:  # z = κ·tanh(r/κ)
+                logits /= self.options.softcap
+                xp.tanh(logits, out=logits)
+                logits *= self.options.softcap
+            parts.append(backend.cross_entropy_forward(logits, whole.classes(c0, c1), False))
+            starts.append(c0)
+            logits[xp.isnan(logits)] = np.inf  # a NaN comes first, in rows that are NaN anyhow
+            here = _largest(xp, logits, min(k, c1 - c0))
+            best, at = xp.take_along_axis(logits, here, axis=1), here + c0
+            ids, z = (at, best) if z is None else _merge(xp, (ids, at), (z, best), k)
+        rows = parts[0] if len(parts) == 1 else combine(xp, parts, whole, starts, [None] * len(parts))
+        with np.errstate(invalid="ignore"):
+            return ids, z - rows.row_max[:, None] - rows.log_sum[:, None]
+
+    def _pass(self, x: Any, t: Any) -> LinearPass:
+        backend = get(self.backend)
+        target = t if callable(t) else bring(backend, "t", t)
+        x = bring(backend, "x", x)
+        return LinearPass.of(backend, x, self._W, self._b, target, self.options, self.memory_budget)
+
+    def _keep(self, done: LinearPass, rows: Rows, t: Any) -> Any:
+        self._saved, self.t = _Saved(done, rows), t
+        self.loss = done.problem.reduce(rows.loss)
+        return self.loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "t": None, "loss": None}
+
+    def __repr__(self) -> str:
+        D, C = self._W.shape
+        bias = [] if self._b is not None else ["no bias"]
+        return f"AffineSoftmaxWithLoss({', '.join([str(D), str(C), *bias, *describe(self.options)])})"
+
+
+def _largest(xp: Any, z: Any, k: int) -> Any:
+    """Find where the k largest of each row are: largest first, the first of equals first."""
+    if xp is not np:
+        return xp.argsort(-z, axis=1)[:, :k]  # CuPy's sort is stable, and leaves no count for the host to wait for
+    C = z.shape[1]
+    smallest = np.partition(z, C - k, axis=1)[:, C - k, None].copy()  # the k-th largest; the copy frees the rest
+    keep, equal = z > smallest, z == smallest
+    spare = k - keep.sum(axis=1, keepdims=True)
+    equal &= np.cumsum(equal, axis=1, dtype=np.int32) <= spare
+    keep |= equal
+    ids = np.nonzero(keep)[1].reshape(-1, k)
+    order = np.argsort(-np.take_along_axis(z, ids, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(ids, order, axis=1)
+
+
+def _merge(xp: Any, ids: tuple[Any, Any], z: tuple[Any, Any], k: int) -> tuple[Any, Any]:
+    """Merge what two ranges of classes found, the lower range first."""
+    both, values = xp.concatenate(ids, axis=1), xp.concatenate(z, axis=1)
+    order = _largest(xp, values, min(k, values.shape[1]))
+    return xp.take_along_axis(both, order, axis=1), xp.take_along_axis(values, order, axis=1)
