@@ -9,6 +9,8 @@ import numpy as np
 
 from swl.backends import Backend, Rows
 from swl.backends import _cpu_kernels as kernels
+from swl.backends._blas import product
+from swl.backends._memory import MEMORY
 from swl.backends._numpy import NumpyBackend, raise_bad_id
 from swl.backends._threads import POOL
 from swl.targets import Target
@@ -42,6 +44,22 @@ class NumbaBackend(NumpyBackend):
     """See `swl.backends.Backend` for what each operation means."""
 
     name = "numba"
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return MEMORY.empty(shape, dtype)
+
+    def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
+        product(x, W, out, b)
+
+    def affine_backward(
+        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: bool = False
+    ) -> None:
+        if dx is not None:
+            product(dout, W.T, dx)
+        if dW is not None:
+            product(x.T, dout, dW, add=accumulate)
+        if db is not None:
+            super().affine_backward(dout, x, W, None, None, db, accumulate)
 
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
         clean = np.empty(ids.size, np.int64)
