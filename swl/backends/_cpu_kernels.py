@@ -245,7 +245,7 @@ def _statistics(row: Any, extras: Any, low: Any, M: Any, S: Any) -> Any:
 
 @njit(**_inner)
 def _sweep(
-    logits: Any, out: Any, begin: int, end: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
+    logits: Any, out: Any, first: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
     row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
     first_class: int, flags: int, exps: Any, bases: Any,
 ) -> None:  # fmt: skip
@@ -259,9 +259,10 @@ def _sweep(
     scale_step = 1 if row_scale.size > 1 else 0
     w, b = whole(weight), whole(bias)
     e = whole(exps)
-    for n in range(begin, end):
-        row = row_of(logits, n)
-        q = row_of(probs, 0 if of_ids else n)
+    for i in range(logits.shape[0]):
+        n = first + i
+        row = row_of(logits, i)
+        q = row_of(probs, 0 if of_ids else i)
         extras = _Extras(dense, q, w, b, scalar(zero, hot), scalar(zero, rest), scalar(zero, softcap))
         hit = -1  # the column of the target class, where it is one of ours
         m = one
@@ -274,18 +275,19 @@ def _sweep(
                 m = row_weight[n]
         y_hit = scalar(zero, hot) * m
         if not counts:
-            if flags & BACKWARD:
-                out[n, :] = 0
             if flags & FORWARD:
                 rows[LOSS : MASS + 1, n] = 0
+            if not flags & STATS:
+                if flags & BACKWARD:
+                    out[i, :] = 0
+                continue
 
-        if not (counts or flags & STATS):
-            continue
-
-        if not flags & BACKWARD:
-            M, S, d, A = _forward(row, None, low, None, None) if plain else _forward(row, extras, low, None, None)
+        if not plain:
+            M, S, d, A = _forward(row, extras, low, e, bases)
+        elif flags & BACKWARD:
+            M, S, d, A = _forward(row, None, low, e, bases)
         else:
-            M, S, d, A = _forward(row, None, low, e, bases) if plain else _forward(row, extras, low, e, bases)
+            M, S, d, A = _forward(row, None, low, None, None)
         if flags & FORWARD:
             if of_ids and not weight.size:
                 A = scalar(zero, rest * C + (hot if hit >= 0 else 0.0))  # exactly 1 over all classes
@@ -308,29 +310,50 @@ def _sweep(
                     dot, mass = u_hit, one if hit >= 0 else zero
                 rows[LOG_PROB, n] = dot - mass * S if mass != 0 else zero
                 argmax[n] = best
-        if flags & BACKWARD and counts:
+        if flags & BACKWARD:
+            if not counts:
+                out[i, :] = 0
+                continue
             M, S, A = rows[ROW_MAX, n], rows[LOG_SUM, n], rows[MASS, n]
             pull = A + (scalar(zero, 2) * lam * m * (M + S) if lam > 0 else zero)
             scale = row_scale[n * scale_step]
             if plain:
-                _backward(row, row_of(out, n), None, low, e, bases, M, S, pull, scale, hit, y_hit)
+                _backward(row, row_of(out, i), None, low, e, bases, M, S, pull, scale, hit, y_hit)
             else:
-                _backward(row, row_of(out, n), extras, low, e, bases, M, S, pull, scale, hit, y_hit)
+                _backward(row, row_of(out, i), extras, low, e, bases, M, S, pull, scale, hit, y_hit)
 
 
 @njit(**_kernel)
 def sweep(
-    logits: Any, out: Any, begin: int, end: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
+    logits: Any, out: Any, first: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
     row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
     first_class: int, flags: int,
 ) -> None:  # fmt: skip
-    """Run the operations that `flags` names over the rows ``[begin, end)``."""
-    room = logits.shape[1] + lanes(rows.dtype.type(0)) if flags & BACKWARD else 0
+    """Run the operations that `flags` names over some rows, the one at `first` and those that follow it.
+
+    `logits`, `out` and `probs` hold just these rows, C-ordered and of the arithmetic's dtype; everything else is whole.
+    """
+    room = logits.shape[1] + lanes(rows.dtype.type(0))
     exps, bases = np.empty(room, rows.dtype), np.empty(1 + room // BLOCK, rows.dtype)
     _sweep(
-        logits, out, begin, end, ids, probs, weight, row_weight, bias, row_scale, rows, argmax, hot, rest, softcap, z_loss,
+        logits, out, first, ids, probs, weight, row_weight, bias, row_scale, rows, argmax, hot, rest, softcap, z_loss,
         first_class, flags, exps, bases,
     )  # fmt: skip
+
+
+@njit(**_kernel)
+def convert(source: Any, target: Any) -> None:
+    """Copy row by row between the arithmetic's dtype and memory's (`swl.backends._simd`); both C-ordered, one float32."""
+    one = np.float32(1)
+    step = lanes(one)
+    C = source.shape[1]
+    full = C - C % step
+    for n in range(source.shape[0]):
+        a, b = row_of(source, n), row_of(target, n)
+        for j in range(0, full, step):
+            store(b, j, load(a, j, one))
+        if full < C:
+            store_tail(b, full, C - full, load_tail(a, full, C - full, one))
 
 
 @njit(**_kernel)

@@ -24,20 +24,52 @@ def load() -> Backend:
 SERIAL = 100_000
 """Logits up to which one thread does it all (docs/performance.md)."""
 
-_EMPTY = {dtype: np.empty(0, dtype) for dtype in (np.dtype(np.float32), np.dtype(np.float64))}
+STAGED = 1 << 17
+"""Numbers that are brought to the kernels' form at a time."""
+
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+_EMPTY = {dtype: np.empty(0, dtype) for dtype in (_F32, _F64)}
+for _empty in _EMPTY.values():
+    _empty.flags.writeable = False
 _NO_IDS = np.empty(0, np.int64)
-_NO_PROBS = np.empty((1, 0), np.float32)
-_BITS = {"float16": np.uint16, "bfloat16": np.int16}
+_NO_PROBS = {dtype: np.empty((1, 0), dtype) for dtype in (_F32, _F64)}
+_NO_OUT = {dtype: np.empty((0, 0), dtype) for dtype in (_F32, _F64)}
+_BITS = {"float16": np.uint16, "bfloat16": np.int16}  # how the kernels know them (`swl.backends._simd`)
 
 
-def _memory(x: Any) -> Any:
-    """Give an array as the kernels read it: aligned, native, and 16-bit floats as their bits (`swl.backends._simd`)."""
-    bits = _BITS.get(x.dtype.name)
-    if bits is not None and x.dtype.isnative:
-        x = x.view(bits)
-    if not (x.flags.aligned and x.dtype.isnative):
-        x = np.array(x, x.dtype.newbyteorder("="))
+def _read_only(x: Any) -> Any:
+    """View an operand as read-only: a type of its own to Numba, which would compile once for each mixture of the two."""
+    x = x.view()
+    x.flags.writeable = False
     return x
+
+
+def _fits(x: Any, acc: Any) -> bool:
+    """Tell whether the kernels take an array as it is."""
+    return bool(x.dtype == acc and x.dtype.isnative and x.flags.c_contiguous and x.flags.aligned)
+
+
+def _staged(x: Any, acc: Any) -> Any:
+    """Copy some rows to the form that the kernels take."""
+    bits = _BITS.get(x.dtype.name) if acc == _F32 and x.dtype.isnative else None
+    if bits is None:
+        return np.array(x, acc, order="C")
+    z = np.empty(x.shape, acc)
+    kernels.convert(_read_only(np.ascontiguousarray(x).view(bits)), z)
+    return z
+
+
+def _unstage(g: Any, out: Any) -> None:
+    """Round some rows to where they go."""
+    bits = _BITS.get(out.dtype.name) if out.dtype.isnative else None
+    if bits is None:
+        out[...] = g
+    elif out.flags.c_contiguous and out.flags.aligned:
+        kernels.convert(_read_only(g), out.view(bits))
+    else:
+        rounded = np.empty(g.shape, bits)
+        kernels.convert(_read_only(g), rounded)
+        out[...] = rounded.view(out.dtype)
 
 
 class NumbaBackend(NumpyBackend):
@@ -63,26 +95,28 @@ class NumbaBackend(NumpyBackend):
 
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
         clean = np.empty(ids.size, np.int64)
-        m = _EMPTY[np.dtype(np.float32)] if weight is None else np.empty(ids.size, weight.dtype)
+        m = np.empty(0 if weight is None else ids.size, _F32 if weight is None else weight.dtype)
         if ids.dtype == np.uint64:
             ids = np.minimum(ids, np.uint64(2**63 - 1))
-        w = _EMPTY[m.dtype] if weight is None else weight
-        bad, total = kernels.prepare_ids(_memory(ids), n_classes, ignore_index, w, clean, m)
+        w = _EMPTY[m.dtype] if weight is None else _read_only(weight)
+        if not (ids.dtype.isnative and ids.flags.aligned and ids.flags.c_contiguous):
+            ids = np.array(ids, ids.dtype.newbyteorder("="), order="C")
+        bad, total = kernels.prepare_ids(_read_only(ids), n_classes, ignore_index, w, clean, m)
         if bad >= 0:
             raise_bad_id(ids, bad, n_classes, ignore_index)
         return clean, None if weight is None else m, total
 
     def _sweep(self, logits: Any, target: Target, rows: Any, argmax: Any, row_scale: Any, out: Any, flags: int) -> None:
         N, C = logits.shape
-        none = _EMPTY[rows.dtype]
-        memory = _memory(logits)
-        args = (
-            _NO_IDS if target.ids is None else target.ids,
-            _NO_PROBS if target.probs is None else _memory(target.probs),
-            none if target.weight is None else target.weight,
-            none if target.row_weight is None else target.row_weight,
-            none if target.bias is None else target.bias,
-            none if row_scale is None else row_scale,
+        acc = rows.dtype
+        none = _EMPTY[acc]
+        ids = _read_only(_NO_IDS if target.ids is None else target.ids)
+        probs = _NO_PROBS[acc] if target.probs is None else target.probs
+        options = (
+            none if target.weight is None else _read_only(target.weight),
+            none if target.row_weight is None else _read_only(target.row_weight),
+            none if target.bias is None else _read_only(target.bias),
+            none if row_scale is None else _read_only(row_scale),
             rows,
             argmax,
             target.hot,
@@ -92,11 +126,29 @@ class NumbaBackend(NumpyBackend):
             target.first_class,
             flags,
         )
-        grad = np.empty((1, 0), memory.dtype) if out is None else _memory(out)
+        as_it_is = _fits(logits, acc), _fits(probs, acc), out is None or _fits(out, acc)
+
+        def work(begin: int, end: int) -> None:
+            # what is not as the kernels take it is brought to that form some rows at a time, in memory that stays in L2
+            step = end - begin if all(as_it_is) else max(1, STAGED // max(C, 1))
+            for a in range(begin, end, step):
+                b = min(a + step, end)
+                z = logits[a:b] if as_it_is[0] else _staged(logits[a:b], acc)
+                q = probs if target.probs is None else probs[a:b] if as_it_is[1] else _staged(probs[a:b], acc)
+                if out is None:
+                    g = _NO_OUT[acc]
+                elif as_it_is[2]:
+                    g = out[a:b]
+                else:
+                    g = np.empty(z.shape, acc) if as_it_is[0] else z
+                kernels.sweep(_read_only(z), g, a, ids, _read_only(q), *options)
+                if not as_it_is[2]:
+                    _unstage(g, out[a:b])
+
         if N * C <= SERIAL:
-            kernels.sweep(memory, grad, 0, N, *args)
+            work(0, N)
         else:
-            POOL.run(lambda a, b: kernels.sweep(memory, grad, a, b, *args), N)
+            POOL.run(work, N)
 
     def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
         return self._forward(logits, target, None, None, stats, kernels.FORWARD)

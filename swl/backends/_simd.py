@@ -13,7 +13,6 @@ array dtype      meaning
 float32/float64  themselves
 uint16           IEEE half precision (float16 arrays come as their bits)
 int16            bfloat16 (likewise)
-others           numbers, converted
 ===============  ===========================================================
 """
 
@@ -61,59 +60,56 @@ class _VectorModel(PrimitiveModel):
 
 
 class Row(types.Type):
-    """The Numba type of a one-dimensional view: pointer, stride in bytes, size.
+    """The Numba type of a contiguous one-dimensional view: pointer and size.
 
     Arrays passed to inner functions are reference-counted inside the loops; a view is not, and lives no longer than the
-    array it was taken from.
+    array it was taken from, which must be an argument of the function that takes it.
     """
 
-    def __init__(self, dtype: Any, contiguous: bool) -> None:
-        self.dtype, self.contiguous = dtype, contiguous
-        super().__init__(name=f"Row({dtype}, {contiguous})")
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Row({dtype})")
 
 
 @register_default(Row)
 class _RowModel(StructModel):
     def __init__(self, dmm: Any, fe_type: Row) -> None:
-        members = [("data", types.CPointer(fe_type.dtype)), ("stride", types.intp), ("size", types.intp)]
-        super().__init__(dmm, fe_type, members)
+        super().__init__(dmm, fe_type, [("data", types.CPointer(fe_type.dtype)), ("size", types.intp)])
 
 
 make_attribute_wrapper(Row, "size", "size")
 
 
+def _view(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """View a one-dimensional C-ordered array, or row `index` of a two-dimensional one."""
+    if array_type.layout != "C":
+        raise TypeError(f"a Row must be contiguous, got an array of layout {array_type.layout!r}")
+    view = context.make_array(array_type)(context, builder, array)
+    shape = cgutils.unpack_tuple(builder, view.shape, array_type.ndim)
+    made = cgutils.create_struct_proxy(Row(array_type.dtype))(context, builder)
+    made.data = builder.gep(view.data, [builder.mul(index, shape[-1])])
+    made.size = shape[-1]
+    return made._getvalue()
+
+
 @intrinsic
 def row_of(typingctx: Any, array: Any, n: Any) -> Any:
     """View ``array[n]`` of a two-dimensional array."""
-    row = Row(array.dtype, array.layout == "C")
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        view = context.make_array(array)(context, builder, args[0])
-        outer, inner = cgutils.unpack_tuple(builder, view.strides, 2)
-        return _make_row(context, builder, row, view, builder.mul(args[1], outer), inner, 1)
+        return _view(context, builder, array, *args)
 
-    return signature(row, array, types.intp), codegen
+    return signature(Row(array.dtype), array, types.intp), codegen
 
 
 @intrinsic
 def whole(typingctx: Any, array: Any) -> Any:
     """View a one-dimensional array."""
-    row = Row(array.dtype, array.layout == "C")
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        view = context.make_array(array)(context, builder, args[0])
-        (stride,) = cgutils.unpack_tuple(builder, view.strides, 1)
-        return _make_row(context, builder, row, view, _I64(0), stride, 0)
+        return _view(context, builder, array, args[0], _I64(0))
 
-    return signature(row, array), codegen
-
-
-def _make_row(context: Any, builder: Any, row: Row, view: Any, offset: Any, stride: Any, axis: int) -> Any:
-    made = cgutils.create_struct_proxy(row)(context, builder)
-    made.data = cgutils.pointer_add(builder, view.data, offset)
-    made.stride = stride
-    made.size = cgutils.unpack_tuple(builder, view.shape, axis + 1)[axis]
-    return made._getvalue()
+    return signature(Row(array.dtype), array), codegen
 
 
 def _vector_of(dtype: Any) -> Vector:
@@ -190,11 +186,7 @@ def _to_lanes(builder: Any, raw: Any, dtype: Any, vector: Vector) -> Any:
         shifted = builder.shl(builder.zext(raw, wide), ir.Constant(wide, [16] * vector.lanes))
         f32 = builder.bitcast(shifted, ir.VectorType(ir.FloatType(), vector.lanes))
         return f32 if target.element == ir.FloatType() else builder.fpext(f32, target)
-    if isinstance(dtype, types.Float):
-        return builder.fpext(raw, target) if dtype.bitwidth < vector.lane.bitwidth else builder.fptrunc(raw, target)
-    if isinstance(dtype, types.Integer) and dtype.signed:
-        return builder.sitofp(raw, target)
-    return builder.uitofp(raw, target)
+    raise NotImplementedError(f"load of {dtype}")
 
 
 def _from_lanes(builder: Any, value: Any, dtype: Any, vector: Vector) -> Any:
@@ -224,29 +216,13 @@ def _memory_type(context: Any, dtype: Any) -> Any:
     return context.get_data_type(dtype)
 
 
-def _element(builder: Any, row_type: Row, row: Any, index: Any) -> Any:
+def _element(builder: Any, row: Any, index: Any) -> Any:
     """Point to ``row[index]``."""
-    data = builder.extract_value(row, 0)
-    if row_type.contiguous:
-        return builder.gep(data, [index])
-    return cgutils.pointer_add(builder, data, builder.mul(index, builder.extract_value(row, 1)))
+    return builder.gep(builder.extract_value(row, 0), [index])
 
 
 def _align(dtype: Any) -> int:
     return max(1, getattr(dtype, "bitwidth", 8) // 8)
-
-
-def _load_each(builder: Any, row_type: Row, array: Any, start: Any, count: Any, vector: Vector, raw_type: Any) -> Any:
-    """Load lane by lane; a lane past `count` reads the last element (its value is replaced by the caller)."""
-    raw = ir.Constant(raw_type, ir.Undefined)
-    for k in range(vector.lanes):
-        offset: Any = _I64(k)
-        if count is not None:
-            last = builder.sub(count, _I64(1))
-            offset = builder.select(builder.icmp_signed("<", offset, count), offset, last)
-        pointer = _element(builder, row_type, array, builder.add(start, offset))
-        raw = builder.insert_element(raw, builder.load(pointer), _I32(k))
-    return raw
 
 
 @intrinsic
@@ -258,11 +234,8 @@ def load(typingctx: Any, row: Any, start: Any, like: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, start, _ = args
         raw_type = ir.VectorType(_memory_type(context, row.dtype), vector.lanes)
-        if row.contiguous:
-            pointer = _element(builder, row, array, start)
-            raw = builder.load(builder.bitcast(pointer, raw_type.as_pointer()), align=_align(row.dtype))
-        else:
-            raw = _load_each(builder, row, array, start, None, vector, raw_type)
+        pointer = _element(builder, array, start)
+        raw = builder.load(builder.bitcast(pointer, raw_type.as_pointer()), align=_align(row.dtype))
         return _to_lanes(builder, raw, row.dtype, vector)
 
     return sig, codegen
@@ -284,21 +257,9 @@ def load_tail(typingctx: Any, row: Any, start: Any, count: Any, fill: Any) -> An
         array, start, count, fill = args
         raw_type = ir.VectorType(_memory_type(context, row.dtype), vector.lanes)
         mask = _mask(builder, count, vector.lanes)
-        if row.contiguous:
-            pointer = _element(builder, row, array, start)
-            raw = _call(
-                builder,
-                f"llvm.masked.load.{_suffix(raw_type)}.p0",
-                raw_type,
-                [
-                    builder.bitcast(pointer, raw_type.as_pointer()),
-                    _I32(_align(row.dtype)),
-                    mask,
-                    ir.Constant(raw_type, None),
-                ],
-            )
-        else:
-            raw = _load_each(builder, row, array, start, count, vector, raw_type)
+        pointer = builder.bitcast(_element(builder, array, start), raw_type.as_pointer())
+        name = f"llvm.masked.load.{_suffix(raw_type)}.p0"
+        raw = _call(builder, name, raw_type, [pointer, _I32(_align(row.dtype)), mask, ir.Constant(raw_type, None)])
         return builder.select(mask, _to_lanes(builder, raw, row.dtype, vector), _splat(builder, fill, vector.lanes))
 
     return sig, codegen
@@ -312,13 +273,8 @@ def store(typingctx: Any, row: Any, start: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, start, lanes_ = args
         raw = _from_lanes(builder, lanes_, row.dtype, value)
-        if row.contiguous:
-            pointer = _element(builder, row, array, start)
-            builder.store(raw, builder.bitcast(pointer, raw.type.as_pointer()), align=_align(row.dtype))
-        else:
-            for k in range(value.lanes):
-                pointer = _element(builder, row, array, builder.add(start, _I64(k)))
-                builder.store(builder.extract_element(raw, _I32(k)), pointer)
+        pointer = _element(builder, array, start)
+        builder.store(raw, builder.bitcast(pointer, raw.type.as_pointer()), align=_align(row.dtype))
         return context.get_dummy_value()
 
     return sig, codegen
@@ -332,24 +288,10 @@ def store_tail(typingctx: Any, row: Any, start: Any, count: Any, value: Any) -> 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, start, count, lanes_ = args
         raw = _from_lanes(builder, lanes_, row.dtype, value)
-        if row.contiguous:
-            pointer = _element(builder, row, array, start)
-            _call(
-                builder,
-                f"llvm.masked.store.{_suffix(raw.type)}.p0",
-                ir.VoidType(),
-                [
-                    raw,
-                    builder.bitcast(pointer, raw.type.as_pointer()),
-                    _I32(_align(row.dtype)),
-                    _mask(builder, count, value.lanes),
-                ],
-            )
-        else:
-            for k in range(value.lanes):
-                with builder.if_then(builder.icmp_signed("<", _I64(k), count)):
-                    pointer = _element(builder, row, array, builder.add(start, _I64(k)))
-                    builder.store(builder.extract_element(raw, _I32(k)), pointer)
+        pointer = builder.bitcast(_element(builder, array, start), raw.type.as_pointer())
+        mask = _mask(builder, count, value.lanes)
+        name = f"llvm.masked.store.{_suffix(raw.type)}.p0"
+        _call(builder, name, ir.VoidType(), [raw, pointer, _I32(_align(row.dtype)), mask])
         return context.get_dummy_value()
 
     return sig, codegen
@@ -366,7 +308,7 @@ def _prefetching(write: int) -> Any:
         size = _vector_of(like).lanes * _align(row.dtype)
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = builder.bitcast(_element(builder, row, args[0], args[1]), ir.IntType(8).as_pointer())
+            pointer = builder.bitcast(_element(builder, args[0], args[1]), ir.IntType(8).as_pointer())
             fnty = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
             fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
             into_l2, data = _I32(2), _I32(1)
