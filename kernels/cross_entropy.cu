@@ -14,8 +14,8 @@
 //   finish     turns the sums of a whole row into what is stored of it
 //   gradient   turns a pack of logits into a pack of gradients
 //
-//   ce_rows<T, DENSE, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0): forward, or both sweeps
-//                                       with the row kept on chip between them
+//   ce_rows<T, DENSE, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0): forward, or both
+//                                       sweeps with the row kept on chip between them
 //   ce_partial + ce_combine             a row by several blocks: their sums meet in a second kernel
 //   ce_backward                         gradients from M, S and A
 //

@@ -1,8 +1,8 @@
 """The CUDA backend: chooses variant and launch geometry for ``kernels/*.cu``, and calls cuBLAS, through CuPy.
 
-Nothing here waits for the device except `CupyBackend.check`, and memory comes from CuPy's pool alone, so that a training
-step can be captured in a CUDA graph once each of its kernels has run. Work goes to CuPy's current stream, on the device
-of the arrays.
+Nothing here waits for the device except `CupyBackend.check`, and memory comes from CuPy's pool alone, so that a
+training step can be captured in a CUDA graph once each of its kernels has run. Work goes to CuPy's current stream, on
+the device of the arrays.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def load() -> Backend:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise BackendUnavailable(
-            f"backend 'cupy' cannot use the driver of CUDA {_version(driver)} ({error}); install the CuPy of that CUDA: "
-            f"pip install 'swl[cuda{driver // 1000}]', or a newer driver"
+            f"backend 'cupy' cannot use the driver of CUDA {_version(driver)} ({error}); install the CuPy of that "
+            f"CUDA: pip install 'swl[cuda{driver // 1000}]', or a newer driver"
         ) from error
     if not count:
         raise BackendUnavailable("backend 'cupy' finds no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES")
@@ -72,7 +72,7 @@ def source(name: str) -> str:
 
 
 OPTIONS = ("-std=c++17", "-fmad=false")
-"""Compiler options. No contraction of a·b + c: which ones are contracted differs between kernels that share their code, and
+"""Compiler options. No contraction of a·b + c: which ones are contracted differs between kernels of the same code, and
 forward, backward and the fused sweep must agree to the bit."""
 
 _C = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # C's name of a dtype
@@ -85,7 +85,7 @@ def _acc(c_type: str) -> str:
 
 
 def instances() -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Every kernel instance that the backend launches, by the module that it is compiled in; a module starts with its file."""
+    """List every kernel instance that the backend launches, by module: its file, and what tells it from others."""
     groups: dict[tuple[str, ...], tuple[str, ...]] = {}
     for T, size in _SIZE.items():
         wide = 16 // size
@@ -624,7 +624,7 @@ def _rows_are_dense(x: Any) -> bool:
 
 
 def _layout(x: Any) -> tuple[Any, int | None, int]:
-    """Describe a matrix to cuBLAS: by rows (N), by columns (T) or neither (None), and the distance of rows or columns."""
+    """Describe a matrix to cuBLAS: by rows (N), by columns (T) or neither (None), and the distance between them."""
     (rows, columns), (down, across) = x.shape, (s // x.itemsize for s in x.strides)
     if (across == 1 or columns == 1) and (down >= columns or rows == 1):
         return x, _OP_N, max(down if rows > 1 else columns, 1)

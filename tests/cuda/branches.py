@@ -1,5 +1,8 @@
-"""Calls that between them enter every branch of the kernels: each variant, dtype and target, rows that start and end off a
-16-byte boundary, every option, rows that are ignored or invalid. On a device made small, so that the shapes can be small."""
+"""Calls that between them enter every branch of the kernels.
+
+Each variant, dtype and kind of target; rows that start and end off a 16-byte boundary; every option; rows that are
+ignored or invalid. On a device made small, so that the shapes can be small.
+"""
 
 from __future__ import annotations
 

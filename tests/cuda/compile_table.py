@@ -1,10 +1,11 @@
-"""Compile every kernel instance for every supported device, without one: registers, spills, occupancy, 128-bit accesses.
+"""Compile every kernel instance for every supported device: registers, spills, occupancy, 128-bit accesses.
 
     python tests/cuda/compile_table.py             prints the table of docs/cuda.md; fails where a rule is broken
     python tests/cuda/compile_table.py 80 90       only for these devices
 
-The compiler is NVRTC, called as CuPy calls it and with the options that the backend gives CuPy. Rules: no spilled register;
-occupancy of at least 50 % in the kernels that stream; 128-bit loads and stores in the kernels that handle packs.
+The compiler is NVRTC, called as CuPy calls it and with the options that the backend gives CuPy; no device is needed.
+Rules: no spilled register; occupancy of at least 50 % in the kernels that stream; 128-bit loads and stores in the
+kernels that handle packs.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Kernel(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether it handles packs of 16 bytes."""
-        return bool(re.match(r"ce_rows<\w+, \w+, (32|0),|ce_partial|ce_backward<.*, [248]>|fill_rows|column_sums<.*, [248]>", self.name))
+        packs = r"ce_rows<\w+, \w+, (32|0),|ce_partial|ce_backward<.*, [248]>|fill_rows|column_sums<.*, [248]>"
+        return bool(re.match(packs, self.name))
 
     def problems(self) -> list[str]:
         stores = self.name.startswith(("ce_backward", "fill_rows")) or re.match(r"ce_rows<.*, 4>", self.name)
@@ -131,7 +133,7 @@ def compile_module(job: tuple[tuple[str, ...], str]) -> list[Kernel]:
         spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", part)))
         report[part.split("'")[0]] = int(re.search(r"Used (\d+) registers", part)[1]), spilled
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(cubin + b"\0")  # CuPy cuts the last byte off, as if it ended a string
         file.flush()
         tool = _package_folder("bin/nvdisasm") / "bin" / "nvdisasm"
         listing = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
@@ -172,10 +174,12 @@ def main(architectures: tuple[str, ...]) -> int:
     print("|---|--:|--:|---|--:|--:|---|")
     for name in dict.fromkeys(k.name for k in kernels):
         mine = [k for k in kernels if k.name == name]
-        wide = f"{min(k.wide_loads for k in mine)} loads, {min(k.wide_stores for k in mine)} stores" if mine[0].wide else ""
+        least = [min(k.wide_loads for k in mine), min(k.wide_stores for k in mine)]
+        wide = f"{least[0]} loads, {least[1]} stores" if mine[0].wide else ""
+        busy = f"{min(k.occupancy for k in mine):.0%}{' streams' * mine[0].streams}"
         print(
             f"| `{name}` | {mine[0].threads} | {mine[0].shared} | {', '.join(str(k.registers) for k in mine)} "
-            f"| {max(k.spilled for k in mine)} | {min(k.occupancy for k in mine):.0%}{' streams' * mine[0].streams} | {wide} |"
+            f"| {max(k.spilled for k in mine)} | {busy} | {wide} |"
         )
     broken = [(k.architecture, k.name, k.problems()) for k in kernels if k.problems()]
     print(f"\n{len(kernels)} compilations, {len(broken)} that break a rule")

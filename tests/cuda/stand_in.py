@@ -1,4 +1,4 @@
-"""A stand-in for the CuPy that the backend uses, over NumPy memory and kernels compiled for the CPU. Stricter than CuPy.
+"""A stand-in for the CuPy that the backend uses, over NumPy memory and kernels compiled for the CPU. It is stricter.
 
 Let through are only names and keyword arguments that are listed here, each of which CuPy has (a test holds the list
 against CuPy itself). An error is raised for
@@ -31,26 +31,25 @@ OPTIMISE = "-O2"
 ATTRIBUTES = {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 227 * 1024}  # of an H100; tests set them
 
 
-class Forbidden(AssertionError):
+class Forbidden(AssertionError):  # noqa: N818 - reads as what it says
     """Something that would not work, or not work well, with CuPy on a device."""
 
 
 # ------------------------------------------------------------------------------------------------ waiting
 
-_INSIDE = ("swl.functional", "swl.layer", "swl.layers", "swl.optim", "swl.targets", "swl.backends", "swl.passes", "swl.problem", "swl.checks", "swl.fused", "swl.combine", "swl.head")
+_OUTSIDE = ("swl.cli", "swl.train", "swl.gradcheck", "swl.distributed")  # may look at results, as a user may
 _MAY_WAIT = frozenset(("check", "info", "state_dict", "_number"))  # the last puts values into error messages
 
 
 def _caller_in_swl(but: frozenset[str]) -> str | None:
-    """Name the innermost function of swl's that is running, unless one called in `but` is."""
-    frame, found = sys._getframe(2), None
+    """Name the innermost function of swl's that is running, unless it is one of `but` or may wait."""
+    frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(_INSIDE):
-            if frame.f_code.co_name in but:
-                return None
-            found = found or f"{frame.f_globals['__name__']}.{frame.f_code.co_name}"
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if module.startswith("swl."):
+            return None if name in but or module.startswith(_OUTSIDE) else f"{module}.{name}"
         frame = frame.f_back
-    return found
+    return None
 
 
 def _waits(what: str) -> None:
@@ -190,7 +189,7 @@ class ndarray:  # noqa: N801 - CuPy's name
     __format__ = _forbidden_method("__format__")
 
     def __array__(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to convert explicitly.")
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` explicitly.")
 
     # methods
     def reshape(self, *shape: Any) -> ndarray:
@@ -370,9 +369,6 @@ def asarray(a: Any, dtype: Any = None) -> ndarray:
     return _new(np.asarray(a, dtype=dtype))
 
 
-array = asarray
-
-
 def from_dlpack(array: Any) -> ndarray:
     if isinstance(array, ndarray):
         return array
@@ -397,7 +393,7 @@ def full(shape: Any, fill_value: Any, dtype: Any = None) -> ndarray:
 
 
 def _like(name: str) -> Callable[..., ndarray]:
-    def function(a: ndarray, dtype: Any = None) -> ndarray:
+    def function(a: ndarray, /, dtype: Any = None) -> ndarray:
         if name == "empty_like":
             return empty(a.shape, dtype or a.dtype)
         return full(a.shape, 0 if name == "zeros_like" else 1, dtype or a.dtype)
@@ -451,7 +447,7 @@ def where(condition: ndarray, x: Any, y: Any) -> ndarray:
     return _new(np.where(condition._host, _operand(x, device), _operand(y, device)), device)
 
 
-def matmul(x1: ndarray, x2: ndarray, out: ndarray | None = None) -> ndarray:
+def matmul(x1: ndarray, x2: ndarray, /, out: ndarray | None = None) -> ndarray:
     acc = np.float64 if np.float64 in (x1.dtype, x2.dtype) else np.float32
     value = np.matmul(x1._host.astype(acc), _operand(x2, x1._device).astype(acc))
     if out is None:
@@ -518,7 +514,7 @@ _LETTER_OF = {
 _C_TYPE = {"f": ctypes.c_float, "d": ctypes.c_double, "i": ctypes.c_int, "l": ctypes.c_longlong}
 
 observers: list[Callable[..., None]] = []
-"""Called after every launch with (name, sizes, args, report); before it with report None. For counting and recording."""
+"""Called with (library, name, sizes, args, report) after every launch, and before it with None for the report."""
 
 
 class RawModule:
@@ -571,13 +567,14 @@ def _legal_geometry(name: str, grid: Any, block: Any, shared: int, most_shared: 
     threads = block[0] * block[1] * block[2]
     problems = [
         *(f"{what} has a {type(v).__name__}" for what in (grid, block) for v in what if type(v) is not int),
-        *["grid beyond (2³¹−1, 65535, 65535)"] * (grid[0] > 2**31 - 1 or max(grid[1:]) > 65535),
-        *["an empty grid or block"] * (min(grid + block) < 1),
+        *["grid beyond (2³¹−1, 65535, 65535)"] * bool(grid[0] > 2**31 - 1 or max(grid[1:]) > 65535),
+        *["an empty grid or block"] * bool(min(grid + block) < 1),
         *["a block of more than 1024 threads"] * (threads > 1024),
         *["a block beyond (1024, 1024, 64)"] * (max(block[:2]) > 1024 or block[2] > 64),
         *["warps that are not full"] * (threads % 32 != 0),
         *[f"{shared} bytes of shared memory, {most_shared} allowed"] * (shared > most_shared),
-        *["an opt-in beyond the device's shared memory"] * (most_shared > max(48 * 1024, ATTRIBUTES["MaxSharedMemoryPerBlockOptin"])),
+        *["an opt-in beyond the device's shared memory"]
+        * (most_shared > max(48 * 1024, ATTRIBUTES["MaxSharedMemoryPerBlockOptin"])),
     ]
     if problems:
         raise Forbidden(f"{name}, grid {grid}, block {block}: {'; '.join(problems)}")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import stand_in
 
-import swl
 from swl.backends._cupy import CupyBackend, Limits, plan
 from swl.targets import Target
 

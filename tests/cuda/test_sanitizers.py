@@ -77,5 +77,6 @@ def test_no_race_with_all_blocks_at_the_same_time(
 def test_the_recording_holds_every_kernel_instance(launches: recording.Recording) -> None:
     """Nothing that the backend launches goes without a sanitizer's look."""
     every = {name for group in instances().values() for name in group}
-    converting = {name for name in every if re.fullmatch(r"fill_rows<(\w+), (?!\1>)\w+>", name)}  # bias of another dtype
+    # a bias of another dtype than the rows it goes to is a conversion more, at the same addresses
+    converting = {name for name in every if re.fullmatch(r"fill_rows<(\w+), (?!\1>)\w+>", name)}
     assert every - converting <= launches.kernels

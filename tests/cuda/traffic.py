@@ -9,6 +9,7 @@ backward sweep, and for both at once where a row stays on chip.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import branches
@@ -54,47 +55,58 @@ SHAPES = (
 )
 
 
+def count(call: Callable[[], Any]) -> tuple[list[str], int, int]:
+    """Give the kernels that a call launches, and the bytes that they read and write."""
+    seen: list[tuple[str, Any]] = []
+
+    def observe(_library: Any, name: str, _sizes: Any, _args: Any, report: Any) -> None:
+        if report:
+            seen.append((name.split("<")[0].removeprefix("ce_"), report))
+
+    stand_in.observers.append(observe)
+    try:
+        call()
+    finally:
+        stand_in.observers.remove(observe)
+    return [n for n, _ in seen], sum(r.bytes_read for _, r in seen), sum(r.bytes_written for _, r in seen)
+
+
+def measure_shape(C: int, scalar: Any, N: int, processors: int, shared: int) -> Iterator[Row]:
+    """Run a shape forward, backward and both, and count."""
+    dtype = np.dtype(scalar)
+    with branches.small_device(processors, shared):
+        backend = CupyBackend(stand_in)
+        logits = backend.asarray(np.random.default_rng(0).normal(size=(N, C)).astype(dtype))
+        ids, _, _ = backend.prepare_ids(backend.asarray(np.arange(N) % C), C, -100, None)
+        target, scale = Target(ids=ids), backend.asarray(np.ones(1, np.float32))
+        grad = backend.empty((N, C), dtype)
+        rows = backend.cross_entropy_forward(logits, target, False)
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": lambda: backend.cross_entropy_forward(logits, target, False),
+            "backward": lambda: backend.cross_entropy_backward(logits, target, rows, scale, grad),
+            "both": lambda: backend.cross_entropy_forward_backward(logits, target, scale, grad, False),
+        }
+        for sweeps, call in calls.items():
+            names, *moved = count(call)
+            read, written = (n / (N * C * dtype.itemsize) for n in moved)
+            reads = 1 if sweeps != "both" or names == ["rows"] else 2  # of each logit
+            short = C < 100  # what is read and written once per row weighs much in a short row
+            yield Row(
+                " + ".join(names),
+                dtype.name,
+                C,
+                shared,
+                sweeps,
+                read,
+                written,
+                1.6 if short else 1.02 if reads == 1 else 2.05,
+                (sweeps != "forward") + (0.5 if short else 0.02),
+            )
+
+
 def measure() -> list[Row]:
-    """Run every shape forward, backward and both, and count."""
-    table = []
-    for C, scalar, N, processors, shared in SHAPES:
-        dtype = np.dtype(scalar)
-        with branches.small_device(processors, shared):
-            backend = CupyBackend(stand_in)
-            logits = backend.asarray(np.random.default_rng(0).normal(size=(N, C)).astype(dtype))
-            ids, _, _ = backend.prepare_ids(backend.asarray(np.arange(N) % C), C, -100, None)
-            target, scale = Target(ids=ids), backend.asarray(np.ones(1, np.float32))
-            grad = backend.empty((N, C), dtype)
-            rows = backend.cross_entropy_forward(logits, target, False)
-            for sweeps, call in (
-                ("forward", lambda: backend.cross_entropy_forward(logits, target, False)),
-                ("backward", lambda: backend.cross_entropy_backward(logits, target, rows, scale, grad)),
-                ("both", lambda: backend.cross_entropy_forward_backward(logits, target, scale, grad, False)),
-            ):
-                counted: list[tuple[str, Any]] = []
-                observe = lambda _l, name, _s, _a, report: report and counted.append((name, report))  # noqa: E731, B023
-                stand_in.observers.append(observe)
-                try:
-                    call()
-                finally:
-                    stand_in.observers.remove(observe)
-                names = [name.split("<")[0].removeprefix("ce_") for name, _ in counted]
-                reads = 1 if sweeps != "both" or names == ["rows"] else 2  # of each logit
-                short = C < 100  # what is read and written once per row weighs much in a short row
-                table.append(
-                    Row(
-                        " + ".join(names),
-                        dtype.name,
-                        C,
-                        shared,
-                        sweeps,
-                        read,
-                        written,
-                        1.6 if short else 1.02 if reads == 1 else 2.05,
-                        (sweeps != "forward") + (0.5 if short else 0.02),
-                    )
-                )
-    return table
+    """Measure every shape."""
+    return [row for shape in SHAPES for row in measure_shape(*shape)]
 
 
 def main() -> int:

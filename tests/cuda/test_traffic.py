@@ -1,0 +1,17 @@
+"""The kernels move no more bytes than they say; see traffic.py for the table."""
+
+from __future__ import annotations
+
+import cpu_kernels
+import pytest
+import traffic
+
+pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
+
+
+def test_bytes_per_logit_stay_within_their_limits() -> None:
+    table = traffic.measure()
+    assert [row for row in table if not row.ok()] == []
+    on_chip = {(row.C, row.shared) for row in table if row.sweeps == "both" and row.variant == "rows"}
+    assert {(1000, traffic.H100), (32000, traffic.H100), (50257, traffic.H100), (128256, traffic.H100)} <= on_chip
+    assert any("combine" in row.variant for row in table)
