@@ -130,7 +130,7 @@ class NumbaBackend(NumpyBackend):
 
         def work(begin: int, end: int) -> None:
             # what is not as the kernels take it is brought to that form some rows at a time, in memory that stays in L2
-            step = end - begin if all(as_it_is) else max(1, STAGED // max(C, 1))
+            step = max(1, end - begin) if all(as_it_is) else max(1, STAGED // max(C, 1))
             for a in range(begin, end, step):
                 b = min(a + step, end)
                 z = logits[a:b] if as_it_is[0] else _staged(logits[a:b], acc)
