@@ -3,6 +3,8 @@
 With ``Δ_k = M_k − M`` for shard k and ``M = max_k M_k``::
 
     S = log Σ_k exp(S_k + Δ_k)        A = Σ_k A_k        d = Σ_k (d_k + A_k·Δ_k)
+
+S is formed as ``log1p`` of what the sum has above 1: a confident row's S is far below the spacing of numbers at 1.
 """
 
 from __future__ import annotations
@@ -58,10 +60,17 @@ def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int
             xp.where(top == -np.inf, top.dtype.type(0), xp.exp(part.log_sum + shift))
             for top, part, shift in zip(tops, parts, shifts, strict=True)
         ]
-        total = _sum(sums)
-        S = xp.log(xp.where(-np.inf == M, M.dtype.type(np.nan), total).astype(np.float64)).astype(M.dtype)
+        best = tops.argmax(axis=0)
+        above = _sum([xp.where(best == k, xp.expm1(parts[k].log_sum), e) for k, e in enumerate(sums)])
+        S = xp.log1p(xp.where(-np.inf == M, M.dtype.type(np.nan), above).astype(np.float64)).astype(M.dtype)
         A = _sum([part.mass for part in parts])
-        d = _sum([part.target_dot + _times(xp, part.mass, shift) for part, shift in zip(parts, shifts, strict=True)])
+        # within a shard of −inf only, u is −inf for all that has mass
+        d = _sum(
+            [
+                xp.where(top == -np.inf, _times(xp, part.mass, top), part.target_dot + _times(xp, part.mass, shift))
+                for top, part, shift in zip(tops, parts, shifts, strict=True)
+            ]
+        )
         rows = Rows(M, M, S, d, A)
         rows = rows._replace(loss=row_loss(xp, rows, target))
         if parts[0].entropy is None:
@@ -83,12 +92,11 @@ def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int
                 for q, top, part, shift in zip(plain_mass, tops, parts, shifts, strict=True)
             ]
         )
-        best = tops.argmax(axis=0)[None]
         argmax = xp.stack([part.argmax + start for part, start in zip(parts, starts, strict=True)])
-        argmax = xp.take_along_axis(argmax, best, axis=0)[0]
+        argmax = xp.take_along_axis(argmax, best[None], axis=0)[0]
         if target.ids is not None:
             log_prob = xp.where(target.ids < 0, log_prob.dtype.type(0), log_prob)
-        return rows._replace(entropy=S - expected / total, log_prob=log_prob, argmax=argmax)
+        return rows._replace(entropy=S - expected / (1 + above), log_prob=log_prob, argmax=argmax)
 
 
 def _sum(terms: list[Any]) -> Any:

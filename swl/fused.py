@@ -16,7 +16,7 @@ The bias is folded into the loss kernels.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -180,6 +180,7 @@ def sweep(
     into: Gradients | None = None,
     known: Rows | None = None,
     stats: bool = False,
+    across: Callable[[Rows, Target, Any], Rows] | None = None,
 ) -> Rows:
     """Run the loss of ``x·W + bias`` in chunks, and its gradients if `into` says where to.
 
@@ -196,6 +197,9 @@ def sweep(
     known : Rows, optional
         Of an earlier forward sweep: spares a second one where it can.
     stats : bool
+    across : callable, optional
+        Where `W` is a shard of the classes: takes the rows of a chunk here, its target, and with `stats` the target's
+        plain mass here (`swl.combine`), and gives the rows over all shards. Called once per chunk of rows, in order.
 
     Returns
     -------
@@ -208,7 +212,7 @@ def sweep(
     for r0, r1 in cuts(N, cut.rows):
         target = p.target.rows(r0, r1)
         scale = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[r0:r1]
-        chunk = _Chunk(p, x[r0:r1], W, buffer[: r1 - r0], cut, first=r0 == 0)
+        chunk = _Chunk(p, x[r0:r1], W, buffer[: r1 - r0], cut, r0 == 0, across)
         rows = None if known is None else Rows(*(None if a is None else a[r0:r1] for a in known))
         mine = None if into is None else into._replace(dx=None if into.dx is None else into.dx[r0:r1])
         if cut.classes >= C:
@@ -220,8 +224,6 @@ def sweep(
             chunk.backward(target, scale, mine, rows)
         parts.append(rows)
     if not parts:
-        chunk = _Chunk(p, x, W, buffer, cut, first=True)
-        target = p.target if p.target.ids is not None else p.target._replace(probs=x[:, :0])
         if into is not None:
             for gradient in into:
                 if gradient is not None:
@@ -243,6 +245,7 @@ class _Chunk(NamedTuple):
     buffer: Any
     cut: Plan
     first: bool  # of the chunks of rows: what adds up starts here
+    across: Callable[[Rows, Target, Any], Rows] | None
 
     def _logits(self, c0: int, c1: int) -> Any:
         logits = self.buffer[:, : c1 - c0]
@@ -260,12 +263,17 @@ class _Chunk(NamedTuple):
         backend, C = self.problem.backend, self.W.shape[1]
         target = self._target(target, 0, C)
         logits = self._logits(0, C)
-        if into is None:
-            return backend.cross_entropy_forward(logits, target, stats)
-        if known is None:
+        rows = known
+        if known is None and (into is None or self.across is not None):
+            rows = backend.cross_entropy_forward(logits, target, stats)
+            if self.across is not None:
+                rows = self.across(rows, target, plain_mass(backend.xp, target, C, self.problem.acc) if stats else None)
+        if rows is None:
             rows = backend.cross_entropy_forward_backward(logits, target, scale, logits, stats)
-        else:
+        elif into is not None:
             backend.cross_entropy_backward(logits, target, rows, scale, logits)
+        if into is None:
+            return rows
         if into.dx is not None:
             backend.affine_backward(logits, self.x, self.W, into.dx, None, None)
         self._add(logits, into, 0, C)
@@ -281,7 +289,8 @@ class _Chunk(NamedTuple):
             starts.append(c0)
             if stats:
                 plain.append(plain_mass(xp, here, c1 - c0, self.problem.acc))
-        return combine(xp, parts, target, starts, plain or [None] * len(parts))
+        rows = combine(xp, parts, target, starts, plain or [None] * len(parts))
+        return rows if self.across is None else self.across(rows, target, sum(plain) if stats else None)
 
     def backward(self, target: Target, scale: Any, into: Gradients, rows: Rows) -> None:
         """Sweep over chunks of classes: the gradients."""

@@ -1,0 +1,277 @@
+"""What the distributed heads need of a communicator: sums in the order of the ranks, agreement, and a loud end.
+
+A sum over P ranks is an all-to-all, after which every rank adds up its own P-th of the numbers in the order of the
+ranks, and an all-gather: ``2·(P − 1)/P`` times the array are sent by each rank, as by the best reductions, and the bits
+are the same on all ranks and in every run, which MPI does not promise of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["Counted", "Grid", "agree", "in_blocks", "run", "sum_in_order"]
+
+BLOCK = 4 * 2**20
+"""Bytes that are summed at a time: the extra memory of a sum. Larger ones are no faster (docs/scale.md)."""
+
+
+class Grid(NamedTuple):
+    """Ranks in a table: a row of it shares a part of the batch, a column a part of the classes."""
+
+    data: Any
+    """Communicator of the ranks with the same classes and different rows of the batch."""
+    classes: Any
+    """Communicator of the ranks with the same rows of the batch and different classes."""
+    world: Any
+    """Communicator of all of them."""
+
+    @classmethod
+    def of(cls, comm: Any, class_parallel: int) -> Grid:
+        """Arrange the ranks of `comm`, neighbours in the same row.
+
+        Parameters
+        ----------
+        comm : mpi4py.MPI.Comm
+        class_parallel : int
+            Ranks that the classes are spread over; it must divide the number of ranks.
+
+        Raises
+        ------
+        ValueError
+            If it does not divide it.
+        """
+        if class_parallel < 1 or comm.size % class_parallel:
+            raise ValueError(f"class_parallel must divide the number of ranks, {comm.size}, got {class_parallel}")
+        row, column = divmod(comm.rank, class_parallel)
+        return cls(comm.Split(column, row), comm.Split(row, column), comm)
+
+
+class Counted:
+    """A communicator that counts the bytes this rank sends to others and the collectives it takes part in.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+
+    Attributes
+    ----------
+    sent, calls : int
+        Bytes, and collectives. Of a broadcast the root counts the bytes once.
+    """
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.sent = self.calls = 0
+
+    def _count(self, n_bytes: int) -> None:
+        self.sent += n_bytes
+        self.calls += 1
+
+    def Allgather(self, send: Any, recv: Any) -> None:  # noqa: N802 - mpi4py's names
+        """Count what goes to every other rank."""
+        self._count(send.nbytes * (self.size - 1))
+        self.comm.Allgather(send, recv)
+
+    def Allgatherv(self, send: Any, recv: Any) -> None:  # noqa: N802
+        """Count what goes to every other rank."""
+        buffer, (counts, _) = recv
+        self._count(int(counts[self.rank]) * buffer.itemsize * (self.size - 1))
+        self.comm.Allgatherv(send, recv)
+
+    def Alltoallv(self, send: Any, recv: Any) -> None:  # noqa: N802
+        """Count all blocks but this rank's own."""
+        buffer, (counts, _) = send
+        self._count((sum(map(int, counts)) - int(counts[self.rank])) * buffer.itemsize)
+        self.comm.Alltoallv(send, recv)
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what would not be counted."""
+        if name in ("allgather", "Get_rank", "Get_size", "Abort"):  # objects travel only where an error is reported
+            return getattr(self.comm, name)
+        raise AttributeError(f"Counted does not count {name!r}")
+
+
+def in_blocks(n: int, parts: int) -> list[tuple[int, int]]:
+    """Cut ``[0, n)`` into as many ranges, whose lengths differ by one at most."""
+    edges = [n * k // parts for k in range(parts + 1)]
+    return list(pairwise(edges))
+
+
+def exchange(comm: Any, rows: Any, work: Callable[[Any], Any]) -> Any:
+    """Share out the last axis, let each rank `work` on its part of all ranks' arrays, and gather the results.
+
+    Parameters
+    ----------
+    comm : communicator of P ranks
+    rows : NumPy array, shape (k, n)
+        The same shape on all ranks.
+    work : callable
+        Takes an array (P, k, n_part), in the order of the ranks, and gives one (j, n_part) of the same dtype.
+
+    Returns
+    -------
+    array, shape (j, n)
+    """
+    k, n = rows.shape
+    cuts = in_blocks(n, comm.size)
+    sizes = np.array([b - a for a, b in cuts])
+    mine = int(sizes[comm.rank])
+    send = np.concatenate([rows[:, a:b].ravel() for a, b in cuts])
+    recv = np.empty((comm.size, k, mine), rows.dtype)
+    comm.Alltoallv([send, _layout(k * sizes)], [recv, _layout(np.full(comm.size, k * mine))])
+    done = np.ascontiguousarray(work(recv))
+    j = done.shape[0]
+    flat = np.empty(j * n, rows.dtype)
+    comm.Allgatherv(done, [flat, _layout(j * sizes)])
+    pieces = [flat[j * a : j * b].reshape(j, b - a) for a, b in cuts]
+    return np.concatenate(pieces, axis=1)
+
+
+def _layout(counts: Any) -> tuple[Any, Any]:
+    return counts, np.concatenate(([0], np.cumsum(counts)[:-1]))
+
+
+def sum_in_order(comm: Any, x: Any) -> None:
+    """Replace a contiguous NumPy array by its sum over the ranks, formed in their order, a block at a time.
+
+    The result is bitwise the same on all ranks. Extra memory is `BLOCK` bytes.
+    """
+    if comm.size == 1:
+        return
+    flat = x.reshape(-1)
+    if not np.shares_memory(flat, x) and x.size:
+        raise ValueError("sum_in_order needs a contiguous array")
+    step = max(comm.size, BLOCK // x.itemsize)
+    for start in range(0, flat.size, step):
+        block = flat[start : start + step]
+        sizes = np.array([b - a for a, b in in_blocks(block.size, comm.size)])
+        recv = np.empty((comm.size, int(sizes[comm.rank])), x.dtype)
+        comm.Alltoallv([block, _layout(sizes)], [recv, _layout(np.full(comm.size, recv.shape[1]))])
+        comm.Allgatherv(ordered_sum(recv), [block, _layout(sizes)])
+
+
+def ordered_sum(parts: Any) -> Any:
+    """``((parts[0] + parts[1]) + parts[2]) + …``, in the memory of the first."""
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def gather_numbers(comm: Any, *numbers: float) -> Any:
+    """Gather a few float64 of each rank: shape (P, len(numbers))."""
+    found = np.empty((comm.size, len(numbers)))
+    comm.Allgather(np.array(numbers, dtype=np.float64), found)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ agreement
+
+
+def agree(comm: Any, what: str, describe: Callable[[], str]) -> None:
+    """Make sure that all ranks are about to do the same, before anything large is exchanged; 17 bytes per rank.
+
+    Parameters
+    ----------
+    comm : communicator
+    what : str
+        What it is about, for the message.
+    describe : callable
+        Does this rank's checks and gives a description that must be the same on all ranks; what it raises is raised
+        on all ranks.
+
+    Raises
+    ------
+    ValueError
+        If descriptions differ, naming them by rank.
+    RuntimeError
+        If `describe` raised on another rank, naming rank and cause. The rank itself raises what it was.
+    """
+    error: Exception | None = None
+    try:
+        text = describe()
+    except Exception as raised:
+        error, text = raised, f"{type(raised).__name__}: {raised}"
+    mine = np.frombuffer(bytes([error is not None]) + hashlib.blake2b(text.encode(), digest_size=16).digest(), np.uint8)
+    all_of_them = np.empty((comm.size, mine.size), np.uint8)
+    comm.Allgather(mine, all_of_them)
+    failed = np.flatnonzero(all_of_them[:, 0])
+    if not failed.size and (all_of_them == all_of_them[0]).all():
+        return
+    texts = comm.allgather(text)
+    if error is not None:
+        error.add_note(f"raised on rank {comm.rank} of {comm.size}")
+        raise error
+    if failed.size:
+        raise RuntimeError(f"{what}: rank {failed[0]} of {comm.size} failed: {texts[failed[0]]}")
+    other = next(rank for rank, found in enumerate(texts) if found != texts[0])
+    raise ValueError(f"{what}: ranks disagree. Rank 0 has {texts[0]}; rank {other} has {texts[other]}")
+
+
+# ------------------------------------------------------------------------------------------------ start and end
+
+
+@contextlib.contextmanager
+def run() -> Iterator[Any]:
+    """Give the communicator of all ranks; what is raised within the block on one rank ends all of them.
+
+    A message names the rank and the cause, and ``MPI_Abort`` then ends the job, because the other ranks may wait for
+    this one in a collective for ever. An exit with a status other than 0 is such an end too. A rank that is killed from
+    outside is reported, by rank and signal, by ``mpiexec``, which ends the others.
+
+    Raises
+    ------
+    swl.BackendUnavailable
+        If mpi4py or its MPI is not there.
+
+    Examples
+    --------
+    >>> from swl import distributed
+    >>> with distributed.run() as comm:
+    ...     print(comm.rank, comm.size)
+    0 1
+    """
+    comm = world()
+    try:
+        yield comm
+    except BaseException as error:
+        status = error.code if isinstance(error, SystemExit) else 1
+        if comm.size == 1 or status in (None, 0):
+            raise
+        if isinstance(error, SystemExit):
+            text = f"exit status {status}"
+        else:
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {error}"
+        print(f"swl: rank {comm.rank} of {comm.size} failed: {text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        comm.Abort(status if isinstance(status, int) else 1)
+
+
+def world() -> Any:
+    """Give ``MPI.COMM_WORLD``; the first call starts MPI."""
+    from swl.errors import BackendUnavailable
+
+    try:
+        return importlib.import_module("mpi4py.MPI").COMM_WORLD
+    except ModuleNotFoundError:
+        raise BackendUnavailable("swl.distributed needs mpi4py: pip install 'swl[mpi]'") from None
+    except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library
+        raise BackendUnavailable(
+            f"mpi4py found no MPI library ({error}): pip install 'swl[mpi]' brings one, mpich"
+        ) from None
+
+
+def launched() -> bool:
+    """Tell whether this process was started by an mpiexec, without starting MPI."""
+    return any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))

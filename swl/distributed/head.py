@@ -1,0 +1,537 @@
+"""A classifier head whose classes are spread over the ranks of a communicator.
+
+Every rank has the same inputs ``x (N, D)`` and targets and a shard of the classes, ``W (D, C_k)``. A step is that of
+the fused head (`swl.fused`) on the shard, with the rows of the loss combined over the ranks between its two sweeps::
+
+    rows_k = forward(x·W_k)            M, S, d and A of each row, over the classes here
+    rows   = combine(rows_0, …)        O(N): the only thing the loss needs of other ranks
+    G_k    = backward(x·W_k, rows)     dW_k = xᵀ·G_k stays here
+    dx     = Σ_k G_k·W_kᵀ              one sum over the ranks
+
+The combining is shared out: each rank combines a P-th of the rows, in the order of the ranks, so the bits are the same
+on all of them, and the bytes sent do not grow with P or C.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Unpack
+
+import numpy as np
+
+from swl import checks
+from swl.arrays import beside, to_numpy
+from swl.backends import Rows, get, resolve
+from swl.combine import combine, row_loss
+from swl.distributed.comm import agree, exchange, gather_numbers, in_blocks, sum_in_order
+from swl.fused import DEFAULT_BUDGET, Gradients, Plan, plan, sweep
+from swl.layers import Layer
+from swl.passes import AffinePass, empty_like_weights
+from swl.problem import ChunkedProbabilities, Problem, problem
+from swl.targets import OptionKwargs, Options, Target
+
+__all__ = ["ClassParallelHead"]
+
+DRAWN_TOGETHER = 1024
+"""Classes whose initial weights are drawn from one seed, so that they do not depend on the number of ranks."""
+
+
+class _Step(NamedTuple):
+    """One batch, checked and agreed on by all ranks."""
+
+    problem: Problem  # of all classes; its target has the columns of this rank
+    x: Any  # as it came
+    x2: Any  # (N, D)
+    host: Target  # what combining needs of the target, as NumPy arrays
+
+
+class ClassParallelHead(Layer):
+    """Affine and softmax-cross-entropy over classes that are spread over ranks; the logits are never stored whole.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        The ranks that share the classes. All of them call every method together, with the same `x` and `t`.
+    W : array, shape (D, C_k), floating
+        The columns of this rank; shards lie in the order of the ranks, and C = Σ_k C_k. They may differ in size, and a
+        rank may have none. Kept, not copied.
+    b : array, shape (C_k,), floating, optional
+        On all ranks or on none.
+    memory_budget : int
+        Bytes of working memory of a rank, parameters, gradients and the sums over ranks not counted.
+    **options
+        Those of `swl.linear_cross_entropy`, the same on all ranks. `weight` has the shape (C_k,) of the shard or (C,).
+
+    Attributes
+    ----------
+    W, b, dW, db : array
+        This rank's parameters and their gradients.
+    C, first : int
+        Classes in all, and the id of the first one here.
+    loss : 0-d array, or shape (...) under ``reduction="none"``, or None
+        The same bits on every rank.
+
+    Raises
+    ------
+    ValueError
+        On all ranks, if sizes, dtypes or options differ between them; found before anything else is exchanged.
+    RuntimeError
+        If another rank found an error in its arguments; the message names rank and cause.
+
+    Examples
+    --------
+    One rank is enough to try it:
+
+    >>> import numpy as np
+    >>> from swl import distributed
+    >>> with distributed.run() as comm:
+    ...     head = distributed.ClassParallelHead(comm, np.zeros((2, 4)))
+    ...     loss, dx = head.forward_backward(np.ones((3, 2)), np.array([0, 1, 3]))
+    >>> loss
+    array(1.38629436)
+    """
+
+    names = ("W", "b")
+
+    def __init__(
+        self, comm: Any, W: Any, b: Any = None, *, memory_budget: int = DEFAULT_BUDGET, **options: Unpack[OptionKwargs]
+    ) -> None:
+        self.comm, self.memory_budget = comm, memory_budget
+
+        def describe() -> str:
+            self.options = Options.checked(options)
+            backend = resolve(self.options.backend, {"W": W, "b": b, "weight": self.options.weight})
+            self.backend = backend.name
+            self.W, self.b = checks.affine_parameters(backend, W, b)
+            plan(1, 1, 1, memory_budget=memory_budget)
+            plain = {k: v for k, v in self.options._asdict().items() if k not in ("weight", "sample_weight")}
+            given = [name for name in ("weight", "sample_weight") if getattr(self.options, name) is not None]
+            return (
+                f"W of {self.W.shape[0]} inputs and {self.W.dtype}, b {'absent' if b is None else self.b.dtype}, "
+                f"memory_budget {memory_budget}, options {plain}, arrays {given}"
+            )
+
+        agree(comm, "ClassParallelHead", describe)
+        self.sizes = [int(size) for size in gather_numbers(comm, self.W.shape[1])[:, 0]]
+        self.C, self.first = sum(self.sizes), sum(self.sizes[: comm.rank])
+        if self.C == 0:
+            raise ValueError("ClassParallelHead needs at least one class on one of the ranks")
+        self.dW: Any = None
+        self.db: Any = None
+        self.loss: Any = None
+        self._weight: Any = None
+        if self.options.weight is not None:
+            agree(comm, "weight of ClassParallelHead", self._place_weight)
+
+    @classmethod
+    def init(
+        cls, comm: Any, D: int, C: int, *, rng: int = 0, dtype: Any = np.float32, bias: bool = True, **keywords: Any
+    ) -> ClassParallelHead:
+        """Draw this rank's share of ``W ~ N(0, 2/D)``, C/P classes or one more, and set ``b = 0``.
+
+        The weights of a class depend on the seed and its id alone, not on the number of ranks.
+
+        Parameters
+        ----------
+        comm : communicator of P ranks
+        D, C : int
+            Inputs, and classes of all ranks together.
+        rng : int
+            Seed.
+        dtype : floating dtype
+        bias : bool
+        **keywords
+            As for the class.
+        """
+        for name, size in (("D", D), ("C", C)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        first, stop = in_blocks(C, comm.size)[comm.rank]
+        W = np.empty((D, stop - first), dtype)
+        for block in range(first // DRAWN_TOGETHER, -(-stop // DRAWN_TOGETHER)):
+            start = block * DRAWN_TOGETHER
+            drawn = np.random.default_rng([rng, block]).standard_normal((DRAWN_TOGETHER, D)).T * math.sqrt(2 / D)
+            a, b = max(first, start), min(stop, start + DRAWN_TOGETHER)
+            W[:, a - first : b - first] = drawn[:, a - start : b - start]
+        return cls(comm, W, np.zeros(stop - first, dtype) if bias else None, **keywords)
+
+    @classmethod
+    def of(cls, comm: Any, W: Any, b: Any = None, **keywords: Any) -> ClassParallelHead:
+        """Take this rank's share of the parameters of a whole head, ``W (D, C)`` and ``b (C,)``, as copies."""
+        first, stop = in_blocks(W.shape[1], comm.size)[comm.rank]
+        return cls(comm, W[:, first:stop].copy(), None if b is None else b[first:stop].copy(), **keywords)
+
+    def _place_weight(self) -> str:
+        backend = get(self.backend)
+        weight = checks.real_array(backend, "weight", self.options.weight)
+        if weight.shape == (self.C,):
+            weight = weight[self.first : self.first + self.W.shape[1]]
+        checks.require_shape("weight", weight, (self.W.shape[1],), f"one per class here; or ({self.C},), all classes")
+        self._weight = weight
+        return str(weight.dtype)
+
+    # ------------------------------------------------------------------------------------------------ a step
+
+    def forward(self, x: Any, t: Any, *, stats: bool = False) -> Any:  # type: ignore[override]
+        """Compute the loss and keep what `backward` needs.
+
+        Parameters
+        ----------
+        x : array, shape (..., D)
+        t : array, shape (...), of class ids in [0, C); or (..., C) or (..., C_k) of probabilities; or a callable
+            That gives probabilities a chunk at a time, as for `swl.linear_cross_entropy`, by ids of all ranks.
+        stats : bool
+            Also return a `swl.RowStats`.
+
+        Returns
+        -------
+        loss : 0-d array, or shape (...) under ``reduction="none"``
+        stats : RowStats
+            Only with ``stats=True``.
+        """
+        step = self.begin(x, t)
+        rows, _ = self._sweeps(step, None, None, stats)
+        self._saved = step, rows
+        self.loss = step.problem.reduce(rows.loss)
+        return (self.loss, step.problem.stats(rows)) if stats else self.loss
+
+    def backward(self, dout: Any = 1) -> Any:
+        """Compute ``dx``, and leave ``dW`` and ``db`` of the classes here on the head.
+
+        Parameters
+        ----------
+        dout : number or 0-d array; under ``reduction="none"`` also shape (...)
+
+        Returns
+        -------
+        array, of the shape of `x`; the same bits on every rank
+
+        Raises
+        ------
+        RuntimeError
+            Before the first `forward`.
+        """
+        step, rows = self._last_forward()
+        return self._sweeps(step, dout, rows, False)[1]
+
+    def forward_backward(self, x: Any, t: Any, dout: Any = 1, *, stats: bool = False) -> Any:
+        """Compute loss and gradients, bitwise as `forward`, then `backward`: ``loss, dx``, and statistics if asked."""
+        return self.finish(self.begin(x, t), dout, stats=stats)
+
+    def begin(self, x: Any, t: Any) -> _Step:
+        """Check a batch on all ranks; its `problem.denominator` is then known, and `finish` does the rest."""
+        step: _Step | None = None
+
+        def describe() -> str:
+            nonlocal step
+            step = self._check(x, t)
+            target = step.problem.target
+            ids = "" if target.ids is None else f" with checksum {_checksum(step.host.ids)}"
+            return (
+                f"x of shape {step.x.shape} and {step.x.dtype}, {'probabilities' if target.ids is None else 'ids'} of "
+                f"shape {step.problem.leading}{ids}, "
+                f"sample_weight with checksum {_checksum(step.problem.sample_weight)}"
+            )
+
+        agree(self.comm, "ClassParallelHead.forward", describe)
+        assert step is not None
+        return self._share_row_weight(step) if self._weight is not None else step
+
+    def finish(self, step: _Step, dout: Any = 1, *, stats: bool = False) -> Any:
+        """Do the sweeps of a batch that was begun; returns as `forward_backward`."""
+        rows, dx = self._sweeps(step, dout, None, stats)
+        self._saved = step, rows
+        self.loss = step.problem.reduce(rows.loss)
+        return (self.loss, dx, step.problem.stats(rows)) if stats else (self.loss, dx)
+
+    def _check(self, x: Any, t: Any) -> _Step:
+        """Make the problem of all classes, whose target has the columns here; no other rank is asked."""
+        backend, here = get(self.backend), self.W.shape[1]
+        if here != self.sizes[self.comm.rank]:
+            raise ValueError(f"W had {self.sizes[self.comm.rank]} classes when the head was made, and now has {here}")
+        done = AffinePass.of(backend, backend.asarray(x), self.W)
+        acc = checks.acc_dtype(backend.xp.result_type(done.x2, self.W))
+        N, columns = done.x2.shape[0], slice(self.first, self.first + here)
+        probs = None
+        if callable(t):
+            probs = ChunkedProbabilities(t, slice(0, N), columns)
+        elif (t := backend.asarray(t)).shape in ((*done.leading, self.C), (*done.leading, here)) and (
+            t.shape != done.leading
+        ):
+            probs = checks.real_array(backend, "target of probabilities", t)
+            probs = (probs[..., columns] if t.shape[-1] == self.C else probs).reshape(N, here)
+        # where probabilities come from plays no part in the checks of a callable, so the problem has all C classes
+        stand_in = ChunkedProbabilities(lambda r, c: None, slice(0, N), columns)
+        p = problem(
+            backend, t if probs is None else stand_in, done.leading, self.C, acc, self.options._replace(weight=None)
+        )
+        xp = backend.xp
+        target = p.target._replace(
+            probs=probs,
+            first_class=self.first,
+            weight=None if self._weight is None else xp.ascontiguousarray(self._weight, dtype=acc),
+            bias=None if self.b is None else xp.ascontiguousarray(self.b, dtype=acc),
+        )
+        host = Target(ids=None if target.ids is None else _host(target.ids), z_loss=target.z_loss)
+        return _Step(p._replace(target=target), done.x, done.x2, host)
+
+    def _share_row_weight(self, step: _Step) -> _Step:
+        """``m_n = w_{t_n}``, known to the rank that has the class, and the denominator that follows from it."""
+        p, ids = step.problem, step.host.ids
+        if ids is None:
+            return step
+        local = ids - self.first
+        hit = (ids >= 0) & (local >= 0) & (local < self.W.shape[1])
+        m = np.zeros(ids.size, p.acc)
+        m[hit] = _host(p.target.weight)[local[hit]]
+        sum_in_order(self.comm, m)
+        if self.options.reduction == "mean" and self.options.denominator is None:
+            counted = m if p.sample_weight is None else m * _host(p.sample_weight)
+            p = p._replace(denominator=float(counted.sum(dtype=np.float64)))
+        row_weight = beside(step.x2, m)
+        return step._replace(
+            problem=p._replace(target=p.target._replace(row_weight=row_weight)), host=step.host._replace(row_weight=m)
+        )
+
+    def _sweeps(self, step: _Step, dout: Any, known: Rows | None, stats: bool) -> tuple[Rows, Any]:
+        """Sweep: the rows of all classes, and gradients unless `dout` is None."""
+        p, x, W = step.problem, step.x2, self.W
+        backend = p.backend
+        # all ranks must cut the rows alike, and a forward sweep as a backward sweep does, for the same bits
+        cut = plan(x.shape[0], W.shape[0], max(self.sizes), dtype=p.acc, memory_budget=self.memory_budget)
+        blocks = iter(_starts(x.shape[0], cut))
+        across = self._across(step, blocks, stats)
+        if dout is None:
+            return self._sweep(p, x, cut, None, None, None, stats, across), None
+        into = Gradients(
+            dx=backend.empty(x.shape, p.acc),  # in the arithmetic's dtype until it is summed
+            dW=empty_like_weights(backend, W, W.dtype if cut.rows >= x.shape[0] else checks.acc_dtype(W.dtype)),
+            db=None if self.b is None else backend.empty((W.shape[1],), p.acc),
+        )
+        rows = self._sweep(p, x, cut, p.row_scale(dout), into, known, stats, across)
+        p.finish()
+        self.dW = into.dW.astype(W.dtype, copy=False)
+        self.db = None if self.b is None else into.db.astype(self.b.dtype, copy=False)
+        dx = into.dx
+        if self.comm.size > 1:
+            total = _host(dx)
+            sum_in_order(self.comm, total)
+            dx = total if backend.xp is np else beside(dx, total)
+        dtype = x.dtype
+        return rows, dx.astype(dtype, copy=False).reshape(step.x.shape)
+
+    def _sweep(
+        self,
+        p: Problem,
+        x: Any,
+        cut: Plan,
+        scale: Any,
+        into: Gradients | None,
+        known: Rows | None,
+        stats: bool,
+        across: Any,
+    ) -> Rows:
+        if self.W.shape[1]:
+            return sweep(p, x, self.W, cut, row_scale=scale, into=into, known=known, stats=stats, across=across)
+        # no classes here: nothing to add to any row, but a share in combining
+        if into is not None:
+            into.dx[...] = 0
+        if known is not None:
+            return known
+        if x.shape[0] == 0:
+            return _nothing(p, 0, 0, stats)[0]
+        parts: list[Rows] = [across(*_nothing(p, start, stop, stats)) for start, stop in _starts(x.shape[0], cut)]
+        return Rows(*(None if a[0] is None else p.backend.xp.concatenate(a) for a in zip(*parts, strict=True)))
+
+    def _across(
+        self, step: _Step, blocks: Iterator[tuple[int, int]], stats: bool
+    ) -> Callable[[Rows, Target, Any], Rows]:
+        """Make the function that combines the rows of a chunk over all ranks."""
+        comm, acc = self.comm, step.problem.acc
+        starts = [sum(self.sizes[:k]) for k in range(comm.size)]
+
+        def across(rows: Rows, target: Target, plain: Any) -> Rows:
+            a, b = next(blocks)
+            if comm.size == 1:
+                return rows
+            host = step.host.rows(a, b)
+            sent = [_host(f) for f in (rows.row_max, rows.log_sum, rows.target_dot, rows.mass)]
+            if stats:  # float64 holds class ids below 2⁵³
+                sent += [_host(f).astype(np.float64) for f in (rows.entropy, rows.log_prob, plain, rows.argmax)]
+            mine = host.rows(*in_blocks(b - a, comm.size)[comm.rank])
+
+            def work(received: Any) -> Any:
+                parts = [_unpacked(part, acc) for part in received]
+                masses = [part[6].astype(acc) for part in received] if stats else [None] * len(parts)
+                whole = combine(np, parts, mine, starts, masses)
+                fields = [whole.row_max, whole.log_sum, whole.target_dot, whole.mass]
+                if stats:
+                    fields += [whole.entropy, whole.log_prob, whole.argmax]
+                return np.stack(fields).astype(received.dtype, copy=False)
+
+            done = exchange(comm, np.stack(sent), work)
+            whole = _unpacked(done, acc) if not stats else _unpacked(np.insert(done, 6, 0, axis=0), acc)
+            with np.errstate(invalid="ignore"):
+                whole = whole._replace(loss=row_loss(np, whole, host))
+            if step.problem.backend.xp is np:
+                return whole
+            return Rows(*(None if f is None else beside(step.x2, f) for f in whole))
+
+        return across
+
+    # ------------------------------------------------------------------------------------------------ without a loss
+
+    def predict(self, x: Any) -> Any:
+        """Compute the scores of the classes here, shape (..., C_k); no other rank is asked."""
+        backend = get(self.backend)
+        return AffinePass.of(backend, backend.asarray(x), self.W).forward(self.b)
+
+    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+        """Find the k classes of all ranks with the largest scores ``x·W + b``.
+
+        Parameters
+        ----------
+        x : array, shape (..., D)
+        k : int
+            At least 1 and at most C.
+
+        Returns
+        -------
+        scores : NumPy array, shape (..., k), falling
+        classes : NumPy int64 array, shape (..., k)
+            Of equal scores the smaller id comes first; a NaN ranks as +inf.
+        """
+        done: AffinePass | None = None
+
+        def describe() -> str:
+            nonlocal done
+            if not 1 <= k <= self.C:
+                raise ValueError(f"k must be at least 1 and at most the number of classes, {self.C}, got {k}")
+            backend = get(self.backend)
+            done = AffinePass.of(backend, backend.asarray(x), self.W)
+            return f"k {k}, x of shape {done.x.shape} and {done.x.dtype}"
+
+        agree(self.comm, "ClassParallelHead.top_k", describe)
+        assert done is not None
+        scores, ids = self._local_top(done, k)
+
+        def work(received: Any) -> Any:
+            ranks, _, n = received.shape
+            every = [part.transpose(2, 0, 1).reshape(n, ranks * k) for part in (received[:, :k], received[:, k:])]
+            best = _largest(every[0], k)
+            chosen = [np.take_along_axis(a, best, axis=1) for a in every]
+            order = np.argsort(-chosen[0], axis=1, kind="stable")
+            return np.concatenate([np.take_along_axis(a, order, axis=1).T for a in chosen])
+
+        merged = exchange(self.comm, np.concatenate([scores.T, ids.T]), work)
+        leading = done.leading
+        acc = checks.acc_dtype(done.backend.xp.result_type(done.x2, self.W))
+        return (
+            np.ascontiguousarray(merged[:k].T).astype(acc).reshape(*leading, k),
+            np.ascontiguousarray(merged[k:].T).astype(np.int64).reshape(*leading, k),
+        )
+
+    def accuracy(self, x: Any, t: Any, k: int = 1) -> float:
+        """Compute the share of rows whose class is among the k largest scores; ids ``t (...)`` or rows ``(..., C)``."""
+        ids = _host(t)
+        _, classes = self.top_k(x, k)
+        if ids.shape != classes.shape[:-1]:
+            ids = ids.argmax(axis=-1)
+        return float((classes == ids[..., None]).any(axis=-1).mean())
+
+    def _local_top(self, done: AffinePass, k: int) -> tuple[Any, Any]:
+        """Scores and ids, float64 (N, k), of the best classes here in the order of ids; −inf and C for want of one."""
+        (N, D), here = done.x2.shape, self.W.shape[1]
+        scores, ids = np.full((N, k), -np.inf), np.full((N, k), float(self.C))
+        acc = checks.acc_dtype(done.backend.xp.result_type(done.x2, self.W))
+        cut = plan(N, D, max(here, 1), dtype=acc, needs=(), memory_budget=max(1, self.memory_budget // 4))
+        b = None if self.b is None else done.backend.xp.ascontiguousarray(self.b, dtype=acc)
+        for r0, r1 in _starts(N, cut):
+            values, classes = np.empty((r1 - r0, 0)), np.empty((r1 - r0, 0))
+            for c0 in range(0, here, cut.classes):
+                c1 = min(c0 + cut.classes, here)
+                z = done.backend.empty((r1 - r0, c1 - c0), acc)
+                done.backend.affine_forward(done.x2[r0:r1], self.W[:, c0:c1], None if b is None else b[c0:c1], z)
+                z = _host(z)
+                z[np.isnan(z)] = np.inf
+                best = _largest(z, min(k, c1 - c0))
+                values = np.concatenate([values, np.take_along_axis(z, best, axis=1)], axis=1)
+                classes = np.concatenate([classes, best + (self.first + c0)], axis=1)
+                best = _largest(values, min(k, values.shape[1]))
+                values, classes = (np.take_along_axis(a, best, axis=1) for a in (values, classes))
+            scores[r0:r1, : values.shape[1]] = values
+            ids[r0:r1, : values.shape[1]] = classes
+        return scores, ids
+
+    # ------------------------------------------------------------------------------------------------ shards
+
+    def shards(self) -> dict[str, tuple[int, int, int]]:
+        """Say where the parameters here lie in the whole ones: axis, first index, size of the whole axis, by name."""
+        found = {"W": (1, self.first, self.C)}
+        return found if self.b is None else {**found, "b": (0, self.first, self.C)}
+
+    def gather(self) -> tuple[Any, Any]:
+        """Give the whole ``W (D, C)`` and ``b (C,)`` or None as NumPy arrays, on every rank."""
+
+        def whole(x: Any) -> Any:  # (n, C_k)
+            n = x.shape[0]
+            flat = np.empty(n * self.C, x.dtype)
+            counts = n * np.array(self.sizes)
+            offsets = np.concatenate(([0], np.cumsum(counts)[:-1]))
+            send = np.ascontiguousarray(x)
+            kind = np.dtype(f"u{x.dtype.itemsize}")  # MPI has no name for every dtype
+            self.comm.Allgatherv(send.view(kind), [flat.view(kind), (counts, offsets)])
+            return np.concatenate(
+                [flat[o : o + c].reshape(n, -1) for o, c in zip(offsets, counts, strict=True) if c], axis=1
+            )
+
+        return whole(_host(self.W)), None if self.b is None else whole(_host(self.b)[None])[0]
+
+    def __repr__(self) -> str:
+        D, here = self.W.shape
+        return f"ClassParallelHead({D}, {self.C}; {here} on rank {self.comm.rank} of {self.comm.size})"
+
+
+def _host(x: Any) -> Any:
+    """Give a NumPy array: the same one, or a copy of a device array."""
+    return x if isinstance(x, np.ndarray) else to_numpy(x)
+
+
+def _checksum(x: Any) -> str:
+    return "none" if x is None else f"{zlib.crc32(np.ascontiguousarray(_host(x)).data):08x}"
+
+
+def _starts(N: int, cut: Plan) -> list[tuple[int, int]]:
+    """Give the chunks of rows, as `swl.fused.sweep` cuts them."""
+    return [(start, min(start + cut.rows, N)) for start in range(0, N, cut.rows)]
+
+
+def _unpacked(part: Any, acc: Any) -> Rows:
+    """Undo the packing of a chunk's rows."""
+    plain = [field.astype(acc, copy=False) for field in part[:6]]
+    M, S, d, A = plain[:4]
+    if len(part) == 4:
+        return Rows(M, M, S, d, A)
+    return Rows(M, M, S, d, A, plain[4], plain[5], part[7].astype(np.int64))
+
+
+def _nothing(p: Problem, start: int, stop: int, stats: bool) -> tuple[Rows, Target, Any]:
+    """Rows of no classes: no maximum, no sum, no mass."""
+    xp, n = p.backend.xp, stop - start
+    zero = xp.zeros(n, p.acc)
+    top = xp.full(n, -np.inf, p.acc)
+    extra = (zero, zero, xp.zeros(n, np.int64)) if stats else ()
+    return Rows(zero, top, xp.full(n, np.nan, p.acc), zero, zero, *extra), p.target, zero
+
+
+def _largest(z: Any, k: int) -> Any:
+    """Columns (N, k) of the k largest in each row, rising; of equal ones the first."""
+    N, C = z.shape
+    if N == 0 or k == C:
+        return np.broadcast_to(np.arange(k), (N, k))
+    kth = np.partition(z, C - k, axis=1)[:, C - k, None]
+    above, equal = z > kth, z == kth
+    room = k - above.sum(axis=1, keepdims=True)
+    return np.nonzero(above | (equal & (equal.cumsum(axis=1) <= room)))[1].reshape(N, k)
