@@ -29,28 +29,26 @@ from swl.backends._simd import (
     load_tail,
     max_lanes,
     maximum,
-    prefetch_read,
-    prefetch_write,
+    prefetch,
     row_of,
     scalar,
     set_lane,
     splat,
     store,
+    store_stream,
     store_tail,
     sum_lanes,
     tanh,
+    to_line,
     whole,
     zero_where_zero,
 )
 from swl.targets import IGNORED
 
-BLOCK = 4096
+BLOCK = 8192
 """Classes between two looks at the running maximum (docs/performance.md)."""
 
-AHEAD = 64
-"""Vectors between a store and the prefetch of the lines it will write (docs/performance.md)."""
-
-FORWARD, BACKWARD, STATS = 1, 2, 4
+FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
 LOSS, ROW_MAX, LOG_SUM, TARGET_DOT, MASS, ENTROPY, LOG_PROB = range(7)
 
 _kernel: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
@@ -157,7 +155,7 @@ def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any) -> Any:
             bases[start // BLOCK] = base
         sums = splat(zero), splat(zero), splat(zero)
         for j in range(start, full, step):
-            prefetch_read(row, j + BLOCK, low)
+            prefetch(row, j + BLOCK, low)
             sums = _add_up(row, extras, j, None, low, splat(base), exps, sums)
         if full < stop:
             sums = _add_up(row, extras, full, stop, low, splat(base), exps, sums)
@@ -187,7 +185,7 @@ def _gradient(row: Any, extras: Any, j: int, stop: Any, low: Any, exps: Any, pul
 @njit(**_inner)
 def _backward(
     row: Any, out: Any, extras: Any, low: Any, exps: Any, bases: Any, M: Any, S: Any, pull: Any, scale: Any,
-    hit: int, y_hit: Any,
+    hit: int, y_hit: Any, stream: bool,
 ) -> None:  # fmt: skip
     """Write the gradient of a row from what `_forward` left; `out` may be `row` itself.
 
@@ -204,11 +202,20 @@ def _backward(
         g_hit = _gradient(row, extras, at, end, low, exps, k, c, set_lane(zero, hit - at, -y_hit))
     for start in range(0, C, BLOCK):
         stop = min(start + BLOCK, C)
-        full = stop - (stop - start) % step
         k = splat(pull * exp_unit(low) * _exp(bases[start // BLOCK] - M - S))
-        for j in range(start, full, step):
-            prefetch_write(out, j + AHEAD * step, low)
-            store(out, j, _gradient(row, extras, j, None, low, exps, k, c, zero))
+        begin = start
+        if stream:
+            begin = min(start + to_line(out, start), stop)
+            if begin > start:
+                g = _gradient(row, extras, start, begin, low, exps, k, c, zero)
+                store_tail(out, start, begin - start, g)
+        full = stop - (stop - begin) % step
+        if stream:
+            for j in range(begin, full, step):
+                store_stream(out, j, _gradient(row, extras, j, None, low, exps, k, c, zero))
+        else:
+            for j in range(begin, full, step):
+                store(out, j, _gradient(row, extras, j, None, low, exps, k, c, zero))
         if full < stop:
             g = _gradient(row, extras, full, stop, low, exps, k, c, zero)
             store_tail(out, full, stop - full, g)
@@ -257,6 +264,7 @@ def _sweep(
     dense = not of_ids or rest > 0
     plain = not dense and softcap == 0 and bias.size == 0
     scale_step = 1 if row_scale.size > 1 else 0
+    stream = flags & STREAM != 0
     w, b = whole(weight), whole(bias)
     e = whole(exps)
     for i in range(logits.shape[0]):
@@ -318,9 +326,9 @@ def _sweep(
             pull = A + (scalar(zero, 2) * lam * m * (M + S) if lam > 0 else zero)
             scale = row_scale[n * scale_step]
             if plain:
-                _backward(row, row_of(out, i), None, low, e, bases, M, S, pull, scale, hit, y_hit)
+                _backward(row, row_of(out, i), None, low, e, bases, M, S, pull, scale, hit, y_hit, stream)
             else:
-                _backward(row, row_of(out, i), extras, low, e, bases, M, S, pull, scale, hit, y_hit)
+                _backward(row, row_of(out, i), extras, low, e, bases, M, S, pull, scale, hit, y_hit, stream)
 
 
 @njit(**_kernel)

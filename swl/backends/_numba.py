@@ -24,6 +24,9 @@ def load() -> Backend:
 SERIAL = 100_000
 """Logits up to which one thread does it all (docs/performance.md)."""
 
+STREAM = 24 << 20
+"""Bytes of a gradient from which it is written past the caches, where it is not written over the logits."""
+
 STAGED = 1 << 17
 """Numbers that are brought to the kernels' form at a time."""
 
@@ -112,6 +115,8 @@ class NumbaBackend(NumpyBackend):
         none = _EMPTY[acc]
         ids = _read_only(_NO_IDS if target.ids is None else target.ids)
         probs = _NO_PROBS[acc] if target.probs is None else target.probs
+        if out is not None and out.nbytes >= STREAM and not np.may_share_memory(out, logits):
+            flags |= kernels.STREAM
         options = (
             none if target.weight is None else _read_only(target.weight),
             none if target.row_weight is None else _read_only(target.row_weight),

@@ -265,19 +265,43 @@ def load_tail(typingctx: Any, row: Any, start: Any, count: Any, fill: Any) -> An
     return sig, codegen
 
 
+LINE = 64
+"""Bytes of a cache line, and the alignment that `store_stream` asks for."""
+
+
+def _storing(stream: bool) -> Any:
+    """Make an intrinsic that stores all lanes to ``row[start : start + lanes]``, rounded once."""
+
+    @intrinsic
+    def op(typingctx: Any, row: Any, start: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            raw = _from_lanes(builder, args[2], row.dtype, value)
+            pointer = builder.bitcast(_element(builder, args[0], args[1]), raw.type.as_pointer())
+            stored = builder.store(raw, pointer, align=LINE if stream else _align(row.dtype))
+            if stream:
+                stored.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+            return context.get_dummy_value()
+
+        return signature(types.void, row, types.intp, value), codegen
+
+    return op
+
+
+store = _storing(stream=False)
+store_stream = _storing(stream=True)
+"""Past the caches, to an address that `to_line` is 0 for: spares reading the lines that are written."""
+
+
 @intrinsic
-def store(typingctx: Any, row: Any, start: Any, value: Any) -> Any:
-    """Store the lanes to ``row[start : start + lanes]``, rounded once."""
-    sig = signature(types.void, row, types.intp, value)
+def to_line(typingctx: Any, row: Any, start: Any) -> Any:
+    """Count the elements from `start` to the next beginning of a cache line."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, start, lanes_ = args
-        raw = _from_lanes(builder, lanes_, row.dtype, value)
-        pointer = _element(builder, array, start)
-        builder.store(raw, builder.bitcast(pointer, raw.type.as_pointer()), align=_align(row.dtype))
-        return context.get_dummy_value()
+        address = builder.ptrtoint(_element(builder, args[0], args[1]), _I64)
+        missing = builder.and_(builder.neg(address), _I64(LINE - 1))
+        return builder.udiv(missing, _I64(_align(row.dtype)))
 
-    return sig, codegen
+    return signature(types.intp, row, types.intp), codegen
 
 
 @intrinsic
@@ -300,29 +324,21 @@ def store_tail(typingctx: Any, row: Any, start: Any, count: Any, value: Any) -> 
 # ------------------------------------------------------------------------------------------- arithmetic
 
 
-def _prefetching(write: int) -> Any:
-    """Make an intrinsic that fetches the cache lines of a vector; past the end of the array it is harmless."""
+@intrinsic
+def prefetch(typingctx: Any, row: Any, start: Any, like: Any) -> Any:
+    """Fetch the cache lines of a vector that will be read; past the end of the array it is harmless."""
+    size = _vector_of(like).lanes * _align(row.dtype)
 
-    @intrinsic
-    def op(typingctx: Any, row: Any, start: Any, like: Any) -> Any:
-        size = _vector_of(like).lanes * _align(row.dtype)
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.bitcast(_element(builder, args[0], args[1]), ir.IntType(8).as_pointer())
+        fnty = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+        read, into_l2, data = _I32(0), _I32(2), _I32(1)
+        for offset in range(0, size, LINE):
+            builder.call(fn, [builder.gep(pointer, [_I64(offset)]), read, into_l2, data])
+        return context.get_dummy_value()
 
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = builder.bitcast(_element(builder, args[0], args[1]), ir.IntType(8).as_pointer())
-            fnty = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-            fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
-            into_l2, data = _I32(2), _I32(1)
-            for offset in range(0, size, 64):
-                builder.call(fn, [builder.gep(pointer, [_I64(offset)]), _I32(write), into_l2, data])
-            return context.get_dummy_value()
-
-        return signature(types.void, row, types.intp, like), codegen
-
-    return op
-
-
-prefetch_read = _prefetching(0)
-prefetch_write = _prefetching(1)
+    return signature(types.void, row, types.intp, like), codegen
 
 
 def _lanewise(emit: Any) -> Any:
