@@ -434,8 +434,8 @@ def _elementwise(name: str, n: int) -> Callable[..., ndarray]:
     return function
 
 
-exp, log, tanh, sqrt, abs, isnan, isfinite = (
-    _elementwise(name, 1) for name in ("exp", "log", "tanh", "sqrt", "abs", "isnan", "isfinite")
+exp, log, tanh, sqrt, abs, isnan, isfinite, expm1, log1p = (
+    _elementwise(name, 1) for name in ("exp", "log", "tanh", "sqrt", "abs", "isnan", "isfinite", "expm1", "log1p")
 )
 maximum, minimum = _elementwise("maximum", 2), _elementwise("minimum", 2)
 

@@ -1,6 +1,6 @@
 """Write the tables of docs/cuda.md anew.
 
-    python tests/cuda/tables.py [traffic] [mutants] [compiled]
+python tests/cuda/tables.py [traffic] [mutants] [compiled]
 """
 
 from __future__ import annotations

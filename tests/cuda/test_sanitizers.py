@@ -74,6 +74,47 @@ def test_no_race_with_all_blocks_at_the_same_time(
     replay(synchronising, module, recording.THREAD, cpu_kernels.THREADS, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("flags", "mode", "old", "new", "words"),
+    [
+        (
+            recording.THREAD,
+            cpu_kernels.THREADS,
+            "  __syncthreads();  // warp 0 reads",
+            "  // warp 0 reads",
+            "data race",
+        ),
+        (
+            recording.THREAD,
+            cpu_kernels.THREADS,
+            "store(to + 1, sums.exp);",
+            "store(to + 1 - s * SUMS, load(to + 1 - s * SUMS) + sums.exp);",
+            "data race",
+        ),
+        (
+            recording.ADDRESS,
+            cpu_kernels.FORWARD,
+            "C - c < V ? (int)(C - c) : V",
+            "V",
+            "heap-buffer-overflow",
+        ),
+    ],
+    ids=["missing barrier", "blocks add to one another's sums", "tail"],
+)
+def test_a_broken_kernel_is_seen(
+    flags: tuple[str, ...], mode: int, old: str, new: str, words: str, tmp_path: Path
+) -> None:
+    cases = [c for c in branches.cases(branches.DTYPES[:1]) if c.options == branches.ALL and not c.dense]
+    with recording.recording() as made:
+        for case in cases:
+            with branches.small_device(case.processors, case.shared):
+                branches.run(case, CupyBackend(stand_in))
+    ((names, library),) = made.libraries.items()
+    assert old in library.source
+    library.source = library.source.replace(old, new)
+    assert words in recording.replay(library, bytes(made.launches[names]), flags, mode, tmp_path)
+
+
 def test_the_recording_holds_every_kernel_instance(launches: recording.Recording) -> None:
     """Nothing that the backend launches goes without a sanitizer's look."""
     every = {name for group in instances().values() for name in group}
