@@ -83,6 +83,18 @@ def test_importing_the_library_imports_no_mpi() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+# ------------------------------------------------------------------------------------------------ the rows
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_rows_on_many_ranks_train_as_on_one(ranks: int) -> None:
+    """Also where ranks have different numbers of rows that count, on grids of rows × classes, and for every loss."""
+    first = on(ranks, HERE / "data.py")
+    assert "cases" in first
+    if ranks == 4:
+        assert on(ranks, HERE / "data.py") == first, "another run, other bits"
+
+
 # ------------------------------------------------------------------------------------------------ one process
 
 
@@ -107,5 +119,5 @@ def test_a_grid_needs_a_divisor() -> None:
 
 
 def test_what_is_not_counted_is_refused() -> None:
-    with pytest.raises(AttributeError, match="does not count 'Bcast'"):
-        Counted(OneRank()).Bcast  # noqa: B018 - the access is the test
+    with pytest.raises(AttributeError, match="does not count 'Scan'"):
+        Counted(OneRank()).Scan  # noqa: B018 - the access is the test

@@ -18,6 +18,7 @@ mpi4py but `run`; a communicator comes from the caller.
 from __future__ import annotations
 
 from swl.distributed.comm import Counted, Grid, run
+from swl.distributed.data import DataParallel
 from swl.distributed.head import ClassParallelHead
 
-__all__ = ["ClassParallelHead", "Counted", "Grid", "run"]
+__all__ = ["ClassParallelHead", "Counted", "DataParallel", "Grid", "run"]

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from swl.arrays import to_numpy
+
 __all__ = ["Counted", "Grid", "agree", "in_blocks", "run", "sum_in_order"]
 
 BLOCK = 4 * 2**20
@@ -94,6 +96,23 @@ class Counted:
         self._count((sum(map(int, counts)) - int(counts[self.rank])) * buffer.itemsize)
         self.comm.Alltoallv(send, recv)
 
+    def Ialltoallv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+        """Count as `Alltoallv`."""
+        buffer, (counts, _) = send
+        self._count((sum(map(int, counts)) - int(counts[self.rank])) * buffer.itemsize)
+        return self.comm.Ialltoallv(send, recv)
+
+    def Iallgatherv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+        """Count as `Allgatherv`."""
+        buffer, (counts, _) = recv
+        self._count(int(counts[self.rank]) * buffer.itemsize * (self.size - 1))
+        return self.comm.Iallgatherv(send, recv)
+
+    def Bcast(self, buffer: Any, root: int) -> None:  # noqa: N802
+        """Count on the root."""
+        self._count(buffer.nbytes if self.rank == root else 0)
+        self.comm.Bcast(buffer, root)
+
     def __getattr__(self, name: str) -> Any:
         """Refuse what would not be counted."""
         if name in ("allgather", "Get_rank", "Get_size", "Abort"):  # objects travel only where an error is reported
@@ -128,16 +147,17 @@ def exchange(comm: Any, rows: Any, work: Callable[[Any], Any]) -> Any:
     mine = int(sizes[comm.rank])
     send = np.concatenate([rows[:, a:b].ravel() for a, b in cuts])
     recv = np.empty((comm.size, k, mine), rows.dtype)
-    comm.Alltoallv([send, _layout(k * sizes)], [recv, _layout(np.full(comm.size, k * mine))])
+    comm.Alltoallv([send, block_layout(k * sizes)], [recv, block_layout(np.full(comm.size, k * mine))])
     done = np.ascontiguousarray(work(recv))
     j = done.shape[0]
     flat = np.empty(j * n, rows.dtype)
-    comm.Allgatherv(done, [flat, _layout(j * sizes)])
+    comm.Allgatherv(done, [flat, block_layout(j * sizes)])
     pieces = [flat[j * a : j * b].reshape(j, b - a) for a, b in cuts]
     return np.concatenate(pieces, axis=1)
 
 
-def _layout(counts: Any) -> tuple[Any, Any]:
+def block_layout(counts: Any) -> tuple[Any, Any]:
+    """Give counts and offsets of blocks that lie one after the other, as MPI takes them."""
     return counts, np.concatenate(([0], np.cumsum(counts)[:-1]))
 
 
@@ -156,8 +176,13 @@ def sum_in_order(comm: Any, x: Any) -> None:
         block = flat[start : start + step]
         sizes = np.array([b - a for a, b in in_blocks(block.size, comm.size)])
         recv = np.empty((comm.size, int(sizes[comm.rank])), x.dtype)
-        comm.Alltoallv([block, _layout(sizes)], [recv, _layout(np.full(comm.size, recv.shape[1]))])
-        comm.Allgatherv(ordered_sum(recv), [block, _layout(sizes)])
+        comm.Alltoallv([block, block_layout(sizes)], [recv, block_layout(np.full(comm.size, recv.shape[1]))])
+        comm.Allgatherv(ordered_sum(recv), [block, block_layout(sizes)])
+
+
+def as_numpy(x: Any) -> Any:
+    """Give a NumPy array: the same one, or a copy of a device array."""
+    return x if isinstance(x, np.ndarray) else to_numpy(x)
 
 
 def ordered_sum(parts: Any) -> Any:

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from swl import checks
-from swl.arrays import beside, to_numpy
+from swl.arrays import beside
 from swl.backends import Rows, get, resolve
 from swl.combine import combine, row_loss
-from swl.distributed.comm import agree, exchange, gather_numbers, in_blocks, sum_in_order
+from swl.distributed.comm import agree, as_numpy, exchange, gather_numbers, in_blocks, sum_in_order
 from swl.fused import DEFAULT_BUDGET, Gradients, Plan, plan, sweep
 from swl.layers import Layer
 from swl.passes import AffinePass, empty_like_weights
@@ -274,7 +274,7 @@ class ClassParallelHead(Layer):
             weight=None if self._weight is None else xp.ascontiguousarray(self._weight, dtype=acc),
             bias=None if self.b is None else xp.ascontiguousarray(self.b, dtype=acc),
         )
-        host = Target(ids=None if target.ids is None else _host(target.ids), z_loss=target.z_loss)
+        host = Target(ids=None if target.ids is None else as_numpy(target.ids), z_loss=target.z_loss)
         return _Step(p._replace(target=target), done.x, done.x2, host)
 
     def _share_row_weight(self, step: _Step) -> _Step:
@@ -285,10 +285,10 @@ class ClassParallelHead(Layer):
         local = ids - self.first
         hit = (ids >= 0) & (local >= 0) & (local < self.W.shape[1])
         m = np.zeros(ids.size, p.acc)
-        m[hit] = _host(p.target.weight)[local[hit]]
+        m[hit] = as_numpy(p.target.weight)[local[hit]]
         sum_in_order(self.comm, m)
         if self.options.reduction == "mean" and self.options.denominator is None:
-            counted = m if p.sample_weight is None else m * _host(p.sample_weight)
+            counted = m if p.sample_weight is None else m * as_numpy(p.sample_weight)
             p = p._replace(denominator=float(counted.sum(dtype=np.float64)))
         row_weight = beside(step.x2, m)
         return step._replace(
@@ -316,7 +316,7 @@ class ClassParallelHead(Layer):
         self.db = None if self.b is None else into.db.astype(self.b.dtype, copy=False)
         dx = into.dx
         if self.comm.size > 1:
-            total = _host(dx)
+            total = as_numpy(dx)
             sum_in_order(self.comm, total)
             dx = total if backend.xp is np else beside(dx, total)
         dtype = x.dtype
@@ -357,9 +357,9 @@ class ClassParallelHead(Layer):
             if comm.size == 1:
                 return rows
             host = step.host.rows(a, b)
-            sent = [_host(f) for f in (rows.row_max, rows.log_sum, rows.target_dot, rows.mass)]
+            sent = [as_numpy(f) for f in (rows.row_max, rows.log_sum, rows.target_dot, rows.mass)]
             if stats:  # float64 holds class ids below 2⁵³
-                sent += [_host(f).astype(np.float64) for f in (rows.entropy, rows.log_prob, plain, rows.argmax)]
+                sent += [as_numpy(f).astype(np.float64) for f in (rows.entropy, rows.log_prob, plain, rows.argmax)]
             mine = host.rows(*in_blocks(b - a, comm.size)[comm.rank])
 
             def work(received: Any) -> Any:
@@ -435,7 +435,7 @@ class ClassParallelHead(Layer):
 
     def accuracy(self, x: Any, t: Any, k: int = 1) -> float:
         """Compute the share of rows whose class is among the k largest scores; ids ``t (...)`` or rows ``(..., C)``."""
-        ids = _host(t)
+        ids = as_numpy(t)
         _, classes = self.top_k(x, k)
         if ids.shape != classes.shape[:-1]:
             ids = ids.argmax(axis=-1)
@@ -454,7 +454,7 @@ class ClassParallelHead(Layer):
                 c1 = min(c0 + cut.classes, here)
                 z = done.backend.empty((r1 - r0, c1 - c0), acc)
                 done.backend.affine_forward(done.x2[r0:r1], self.W[:, c0:c1], None if b is None else b[c0:c1], z)
-                z = _host(z)
+                z = as_numpy(z)
                 z[np.isnan(z)] = np.inf
                 best = _largest(z, min(k, c1 - c0))
                 values = np.concatenate([values, np.take_along_axis(z, best, axis=1)], axis=1)
@@ -487,20 +487,15 @@ class ClassParallelHead(Layer):
                 [flat[o : o + c].reshape(n, -1) for o, c in zip(offsets, counts, strict=True) if c], axis=1
             )
 
-        return whole(_host(self.W)), None if self.b is None else whole(_host(self.b)[None])[0]
+        return whole(as_numpy(self.W)), None if self.b is None else whole(as_numpy(self.b)[None])[0]
 
     def __repr__(self) -> str:
         D, here = self.W.shape
         return f"ClassParallelHead({D}, {self.C}; {here} on rank {self.comm.rank} of {self.comm.size})"
 
 
-def _host(x: Any) -> Any:
-    """Give a NumPy array: the same one, or a copy of a device array."""
-    return x if isinstance(x, np.ndarray) else to_numpy(x)
-
-
 def _checksum(x: Any) -> str:
-    return "none" if x is None else f"{zlib.crc32(np.ascontiguousarray(_host(x)).data):08x}"
+    return "none" if x is None else f"{zlib.crc32(np.ascontiguousarray(as_numpy(x)).data):08x}"
 
 
 def _starts(N: int, cut: Plan) -> list[tuple[int, int]]:

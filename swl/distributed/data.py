@@ -1,0 +1,241 @@
+"""A network whose copies work on different rows of a batch, and whose gradients are those of the whole batch.
+
+Means are over the rows that count on all ranks: with ``d_r`` the denominator of the rows of rank r (`swl.targets`), each
+gradient is scaled by ``d_r / Σ d``, and they are added up. The average of the means of the ranks would be wrong as soon
+as one of them has fewer rows, or more ignored ones.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from swl import passes
+from swl.arrays import beside
+from swl.checks import acc_dtype
+from swl.distributed.comm import agree, as_numpy, block_layout, gather_numbers, in_blocks, ordered_sum
+from swl.distributed.head import ClassParallelHead
+from swl.head import AffineSoftmaxWithLoss
+from swl.layer import Layer
+from swl.layers import Sequential, SoftmaxWithLoss
+
+__all__ = ["DataParallel"]
+
+BUCKET = 2**20
+"""Bytes of gradients that are sent together (docs/scale.md)."""
+
+
+class DataParallel(Layer):
+    """A network that every rank has a copy of, trained on rows that each rank brings.
+
+    Parameters
+    ----------
+    net : swl.Sequential
+        Its last layer is a `SoftmaxWithLoss`, `AffineSoftmaxWithLoss` or `ClassParallelHead`. The parameters of rank 0
+        are copied to all ranks.
+    comm : mpi4py.MPI.Comm
+        The ranks with copies. For a `ClassParallelHead` those with the same classes: ``Grid.data``.
+    bucket : int
+        Bytes of gradients that are sent together, while the backward pass goes on to earlier layers.
+    check_every : int
+        Steps after which a checksum of the parameters is compared over the ranks; 0: never.
+
+    Raises
+    ------
+    ValueError
+        On all ranks, if the networks differ in names, shapes, dtypes or options.
+    TypeError
+        If the last layer is no loss of the library.
+
+    Examples
+    --------
+    >>> import numpy as np, swl
+    >>> from swl import distributed
+    >>> with distributed.run() as comm:
+    ...     net = distributed.DataParallel(swl.Sequential(swl.Affine(np.zeros((2, 4))), swl.SoftmaxWithLoss()), comm)
+    ...     loss, dx = net.forward_backward(np.ones((3, 2)), np.array([0, 1, 3]))
+    >>> loss
+    array(1.38629436)
+    """
+
+    is_loss = True
+
+    def __init__(self, net: Any, comm: Any, *, bucket: int = BUCKET, check_every: int = 100) -> None:
+        self.net, self.comm, self.bucket, self.check_every = net, comm, bucket, check_every
+        self.steps = 0
+
+        def describe() -> str:
+            if not isinstance(net, Sequential) or not isinstance(net[len(net) - 1], _LOSSES):
+                raise TypeError(
+                    "net must be a Sequential whose last layer is a SoftmaxWithLoss, AffineSoftmaxWithLoss or "
+                    f"ClassParallelHead, got {net!r}"
+                )
+            found = {name: (p.shape, str(p.dtype)) for name, p in net.parameters().items()}
+            return f"{found}, {net!r}, bucket {bucket}, check_every {check_every}"
+
+        agree(comm, "DataParallel", describe)
+        self.loss_layer: Any = net[len(net) - 1]
+        for p in net.parameters().values():
+            values = np.ascontiguousarray(as_numpy(p))
+            comm.Bcast(values.reshape(-1).view(np.uint8), 0)
+            p[...] = beside(p, values)
+
+    def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
+        """Compute the loss of all ranks' rows, and leave its gradients on the layers.
+
+        Parameters
+        ----------
+        x, t : arrays
+            The rows of this rank; there may be none.
+        dout : number
+
+        Returns
+        -------
+        loss : 0-d array
+            Of the rows of all ranks, the same bits on every rank; under ``reduction="none"`` those of the rows here.
+        dx : array, of the shape of `x`
+            Gradient of that loss, with respect to the rows here.
+
+        Raises
+        ------
+        RuntimeError
+            If another rank found an error in its arguments, naming rank and cause; or if parameters have become
+            different, naming the ranks.
+        """
+        if self.check_every and self.steps % self.check_every == 0:
+            self.check_parameters()
+        self.steps += 1
+        denominator: Any = None
+        finish: Any = None
+
+        def describe() -> str:
+            nonlocal denominator, finish
+            scores = x
+            for layer in self.net.layers[:-1]:
+                scores = layer.forward(scores)
+            denominator, finish = _begin(self.loss_layer, scores, t)
+            return ""
+
+        agree(self.comm, "DataParallel.forward_backward", describe)
+        options = self.loss_layer.options
+        averages = options.reduction == "mean" and options.denominator is None
+        here = float(denominator) if averages else 1.0
+        total = float(ordered_sum(gather_numbers(self.comm, here))[0]) if averages else 1.0
+        share = here / total if total else 0.0
+        loss, dx = finish(dout if share == 1 else dout * share)
+        if options.reduction != "none" and self.comm.size > 1:
+            whole = ordered_sum(gather_numbers(self.comm, float(loss) * share))
+            loss = beside(loss, np.asarray(whole[0], dtype=loss.dtype))
+
+        sums = _Buckets(self.comm, self.bucket)
+        sums.add(self.loss_layer)
+        for layer in reversed(self.net.layers[:-1]):
+            dx = layer.backward(dx)
+            sums.add(layer)
+        sums.finish()
+        return loss, dx
+
+    def check_parameters(self) -> None:
+        """Compare a checksum of the parameters over the ranks.
+
+        Raises
+        ------
+        RuntimeError
+            If they differ, naming the ranks and the first parameter that does.
+        """
+        parameters = self.parameters()
+        found = [zlib.crc32(np.ascontiguousarray(as_numpy(p)).view(np.uint8).data) for p in parameters.values()]
+        differ = gather_numbers(self.comm, *found)
+        differ = differ != differ[0]
+        if differ.any():
+            ranks, name = np.flatnonzero(differ.any(axis=1)), list(parameters)[int(differ.any(axis=0).argmax())]
+            raise RuntimeError(
+                f"parameters have become different from those of rank 0 on ranks {ranks.tolist()}, the first of them "
+                f"{name!r}, by step {self.steps}"
+            )
+
+    def predict(self, x: Any) -> Any:
+        """Compute the scores of the rows here."""
+        return self.net.predict(x)
+
+    def parameters(self) -> dict[str, Any]:
+        """Give the parameters of the network: the very arrays."""
+        found: dict[str, Any] = self.net.parameters()
+        return found
+
+    def gradients(self) -> dict[str, Any]:
+        """Give the gradients of the last step, of the rows of all ranks."""
+        found: dict[str, Any] = self.net.gradients()
+        return found
+
+    def __repr__(self) -> str:
+        return f"DataParallel({self.net!r}, {self.comm.size} ranks)"
+
+
+_LOSSES = (SoftmaxWithLoss, AffineSoftmaxWithLoss, ClassParallelHead)
+
+
+def _begin(loss: Any, x: Any, t: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+    """Check a batch; give the denominator of its rows, and the function of dout that does the rest."""
+    if isinstance(loss, ClassParallelHead):
+        step = loss.begin(x, t)
+        return step.problem.denominator, lambda dout: loss.finish(step, dout)
+    if isinstance(loss, AffineSoftmaxWithLoss):
+        problem = loss._pass(x, t).problem
+    else:
+        problem, _, _ = passes.logits_problem(*loss._inputs(x, t))
+    return problem.denominator, lambda dout: loss.forward_backward(x, t, dout)
+
+
+class _Buckets:
+    """Gradients on their way: a bucket is sent as soon as it is full, and added up at the end, in order."""
+
+    def __init__(self, comm: Any, size: int) -> None:
+        self.comm, self.size = comm, size
+        self.waiting: list[Any] = []
+        self.under_way: list[tuple[Any, Any, Any, list[Any]]] = []
+
+    def add(self, layer: Any) -> None:
+        """Take over the gradients of a layer, to be replaced by their sums."""
+        if self.comm.size == 1:
+            return
+        # any layer of the user's is taken as Sequential takes it
+        for gradient in Sequential(layer).gradients().values():
+            if self.waiting and acc_dtype(self.waiting[0].dtype) != acc_dtype(gradient.dtype):
+                self._send()
+            self.waiting.append(gradient)
+            if sum(g.nbytes for g in self.waiting) >= self.size:
+                self._send()
+        for request, *_ in self.under_way:
+            request.Test()  # lets an MPI without a thread of its own move the data
+
+    def _send(self) -> None:
+        if not self.waiting:
+            return
+        acc = acc_dtype(self.waiting[0].dtype)
+        flat = np.concatenate([as_numpy(g).reshape(-1).astype(acc, copy=False) for g in self.waiting])
+        sizes = np.array([b - a for a, b in in_blocks(flat.size, self.comm.size)])
+        received = np.empty((self.comm.size, int(sizes[self.comm.rank])), acc)
+        layout = block_layout(np.full(self.comm.size, received.shape[1]))
+        request = self.comm.Ialltoallv([flat, block_layout(sizes)], [received, layout])
+        self.under_way.append((request, flat, received, self.waiting))
+        self.waiting = []
+
+    def finish(self) -> None:
+        """Wait, add up in the order of the ranks, and write the sums over the gradients."""
+        self._send()
+        gathering = []
+        for request, flat, received, gradients in self.under_way:
+            request.Wait()
+            total = ordered_sum(received)
+            sizes = np.array([b - a for a, b in in_blocks(flat.size, self.comm.size)])
+            gathering.append((self.comm.Iallgatherv(total, [flat, block_layout(sizes)]), total, flat, gradients))
+        for request, _, flat, gradients in gathering:
+            request.Wait()
+            start = 0
+            for g in gradients:
+                g[...] = beside(g, flat[start : start + g.size].reshape(g.shape).astype(g.dtype, copy=False))
+                start += g.size
