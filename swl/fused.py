@@ -146,8 +146,9 @@ def plan(
         return Plan(N, D, C, _even(N, rows), C, tile, itemsize, products, memory_budget)
     rows = max(1, min(N, 4 * MIN_ROWS, room // (4 * max(D, 1))))
     fixed = (2 * D * tile if rows < N else 0) + 2 * rows * D
-    classes = max(1, min(C, (room - fixed) // rows))
-    return Plan(N, D, C, rows, _even(C, classes), tile, itemsize, products + bool(needs), memory_budget)
+    classes = _even(C, max(1, min(C, (room - fixed) // rows)))
+    again = bool(needs) and classes < C  # the logits are formed twice
+    return Plan(N, D, C, rows, classes, tile, itemsize, products + again, memory_budget)
 
 
 def _even(total: int, most: int) -> int:
@@ -207,12 +208,12 @@ def sweep(
     """
     backend, xp = p.backend, p.backend.xp
     N, C = x.shape[0], W.shape[1]
-    buffer = backend.empty((min(cut.rows, N), cut.classes), p.acc)
+    buffer = backend.empty((min(cut.rows, N) * cut.classes,), p.acc)
     parts: list[Rows] = []
     for r0, r1 in cuts(N, cut.rows):
         target = p.target.rows(r0, r1)
         scale = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[r0:r1]
-        chunk = _Chunk(p, x[r0:r1], W, buffer[: r1 - r0], cut, r0 == 0, across)
+        chunk = _Chunk(p, x[r0:r1], W, buffer, cut, r0 == 0, across)
         rows = None if known is None else Rows(*(None if a is None else a[r0:r1] for a in known))
         mine = None if into is None else into._replace(dx=None if into.dx is None else into.dx[r0:r1])
         if cut.classes >= C:
@@ -248,7 +249,8 @@ class _Chunk(NamedTuple):
     across: Callable[[Rows, Target, Any], Rows] | None
 
     def _logits(self, c0: int, c1: int) -> Any:
-        logits = self.buffer[:, : c1 - c0]
+        n = self.x.shape[0]
+        logits = self.buffer[: n * (c1 - c0)].reshape(n, c1 - c0)  # dense, whatever the chunk's size
         self.problem.backend.affine_forward(self.x, self.W[:, c0:c1], None, logits)
         return logits
 
@@ -311,17 +313,14 @@ class _Chunk(NamedTuple):
             into.dx[...] = dx
 
     def _add(self, G: Any, into: Gradients, c0: int, c1: int) -> None:
-        """``dW[:, c0:c1] += xᵀ·G`` and ``db[c0:c1] += Σ G``; a tile at a time where there is something to add to."""
+        """``dW[:, c0:c1] += xᵀ·G`` and ``db[c0:c1] += Σ G``; the first chunk of rows overwrites instead."""
         if into.dW is None and into.db is None:
             return
-        tile = c1 - c0 if self.first or into.dW is None else self.cut.tile
-        for t0, t1 in cuts(c1 - c0, tile):
-            columns = slice(c0 + t0, c0 + t1)
-            dW = None if into.dW is None else into.dW[:, columns]
-            db = None if into.db is None else into.db[columns]
-            self.problem.backend.affine_backward(
-                G[:, t0:t1], self.x, self.W[:, columns], None, dW, db, accumulate=not self.first
-            )
+        columns = slice(c0, c1)
+        dW = None if into.dW is None else into.dW[:, columns]
+        db = None if into.db is None else into.db[columns]
+        tile = 0 if self.first else max(1, self.cut.tile)
+        self.problem.backend.affine_backward(G, self.x, self.W[:, columns], None, dW, db, accumulate=tile)
 
 
 def plain_mass(xp: Any, target: Target, n_classes: int, acc: Any) -> Any:

@@ -63,11 +63,12 @@ class Backend(Protocol):
         """``out = x @ W + b`` for `x` (N, D), `W` (D, K), `b` (K,) or None, `out` (N, K)."""
 
     def affine_backward(
-        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: bool = False
+        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
     ) -> None:
         """``dx = dout @ W.T``, ``dW = x.T @ dout``, ``db = Σ_n dout``: each into its array, or not at all if None.
 
-        With `accumulate`, `dW` and `db` are added to; `dx` is always overwritten.
+        With `accumulate` above 0, `dW` and `db` are added to, `dW` in working memory of at most ``2·D·accumulate`` numbers;
+        `dx` is always overwritten.
         """
 
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:

@@ -21,8 +21,10 @@ from swl.backends._threads import POOL
 
 TILES, NARROWEST = 16, 384
 """Most tiles of a product, and rows or columns of the narrowest one (docs/performance.md)."""
-LARGE, WIDE = 500_000_000, 2_000_000
-"""Multiply-adds, or numbers of the result, from which a product is shared out to the pool (docs/performance.md)."""
+LARGE, WIDE, ADDED = 500_000_000, 2_000_000, 100_000
+"""Multiply-adds, or numbers of the result, from which a product is shared out to the pool; fewer numbers where it is added to
+what is there, which BLAS's own threads would not help with (docs/performance.md).
+"""
 
 
 class _Control:
@@ -84,18 +86,21 @@ def acc(x: Any) -> Any:
 _ACC = (np.dtype(np.float32), np.dtype(np.float64))
 
 
-def product(a: Any, b: Any, out: Any, bias: Any = None, add: bool = False) -> None:
-    """``out = a @ b``, or ``out = a @ b + bias``, or ``out += a @ b``; rounded once to the dtype of `out`."""
+def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
+    """``out = a @ b``, or ``out = a @ b + bias``, or ``out += a @ b``; rounded once to the dtype of `out`.
+
+    `add` is 0 or the columns that each thread adds at a time, in memory of its own.
+    """
     m, n = out.shape
     k = a.shape[1]
     direct = not add and k > 0 and a.dtype == b.dtype == out.dtype and out.dtype in _ACC
-    large = m * n * k >= LARGE or m * n >= WIDE
+    large = m * n * k >= LARGE or m * n >= (ADDED if add else WIDE)
     if direct and not large:
         np.matmul(a, b, out=out)
         if bias is not None:
             out += bias
         return
-    by_columns = n >= m
+    by_columns = n >= m or add > 0
     # a 16-bit operand that all tiles share is converted once, the other one tile by tile
     if by_columns:
         a = acc(a)
@@ -117,8 +122,10 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: bool = False) -> No
             y += here
         here[...] = y
 
-    size = max(m, n)
+    size = n if by_columns else m
     count = 1 << (min(TILES, max(1, size // NARROWEST)).bit_length() - 1)  # a power of two shares out evenly
+    if add:
+        count = -(-n // add)
     edges = [size * i // count for i in range(count + 1)]
 
     def tiles(begin: int, end: int) -> None:

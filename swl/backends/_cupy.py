@@ -286,16 +286,16 @@ class CupyBackend:
             self._gemm(x, W, out, add=b is not None)
 
     def affine_backward(
-        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: bool = False
+        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
     ) -> None:
         with dout.device:
             dout = _for_gemm(self.xp, dout)[0]
             if dx is not None:
                 self._gemm(dout, W.T, dx, add=False)
             if dW is not None:
-                self._gemm(x.T, dout, dW, add=accumulate)
+                self._gemm(x.T, dout, dW, add=accumulate > 0)
             if db is not None:
-                self._column_sums(dout, db, accumulate)
+                self._column_sums(dout, db, accumulate > 0)
 
     def _gemm(self, a: Any, b: Any, out: Any, add: bool) -> None:
         """``out = a @ b`` or ``out += a @ b``, in float32 at least, rounded once to the dtype of `out`."""

@@ -87,12 +87,12 @@ class NumbaBackend(NumpyBackend):
         product(x, W, out, b)
 
     def affine_backward(
-        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: bool = False
+        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
     ) -> None:
         if dx is not None:
             product(dout, W.T, dx)
         if dW is not None:
-            product(x.T, dout, dW, add=accumulate)
+            product(x.T, dout, dW, add=accumulate and max(1, accumulate // 2))
         if db is not None:
             super().affine_backward(dout, x, W, None, None, db, accumulate)
 

@@ -37,15 +37,19 @@ class NumpyBackend:
         out[...] = y if b is None else y + _acc(b)
 
     def affine_backward(
-        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: bool = False
+        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
     ) -> None:
         dout = _acc(dout)
         if dx is not None:
             dx[...] = np.matmul(dout, _acc(W).T)
         if dW is not None:
-            dW[...] = np.matmul(_acc(x).T, dout) + (dW if accumulate else 0)
+            if not accumulate:
+                dW[...] = np.matmul(_acc(x).T, dout)
+            for c in range(0, dW.shape[1] if accumulate else 0, max(1, accumulate)):
+                dW[:, c : c + accumulate] += np.matmul(_acc(x).T, dout[:, c : c + accumulate])
         if db is not None:
-            db[...] = dout.sum(axis=0) + (db if accumulate else 0)
+            sums = dout.sum(axis=0)
+            db[...] = db + sums if accumulate else sums
 
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
         ignored = ids == ignore_index
