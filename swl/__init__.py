@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from swl.backends import active, backends, get, loaded, set_backend, use_backend
+from swl.backends._memory import empty_cache, memory_use
+from swl.backends._threads import set_num_threads
 from swl.errors import BackendUnavailable
 from swl.functional import (
     RowStats,
@@ -55,10 +57,13 @@ __all__ = [
     "check_gradients",
     "cross_entropy",
     "cross_entropy_value_and_grad",
+    "empty_cache",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",
+    "memory_use",
     "numerical_gradient",
     "plan",
     "set_backend",
+    "set_num_threads",
     "use_backend",
 ]

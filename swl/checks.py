@@ -47,6 +47,7 @@ def require_shape(name: str, x: Any, legal: tuple[int, ...], meaning: str) -> No
 
 
 def size_of(shape: Iterable[int]) -> int:
+    """Count the elements of an array of this shape."""
     return math.prod(shape)
 
 

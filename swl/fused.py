@@ -167,7 +167,7 @@ class Gradients(NamedTuple):
     """Where gradients go; None where not needed."""
 
     dx: Any
-    dW: Any
+    dW: Any  # noqa: N815 - the book's name
     db: Any
 
 

@@ -8,6 +8,9 @@ Optional arrays that are absent come with size 0. Options are looked at once per
 predicted, so that they combine freely; rows without any run the same source compiled without them.
 """
 
+# mypy: ignore-errors
+# Numba compiles and types this file itself: the values are vectors and views that Python's types know nothing of.
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -94,7 +97,7 @@ def _logits(row: Any, extras: Any, j: int, stop: Any, low: Any) -> Any:
 
 @njit(**_inner)
 def _dense(extras: Any, j: int, stop: Any) -> Any:
-    """The part of y that any class may have: w·((1−ε)·q + ε/C), q = 0 for class ids; 0 past the end."""
+    """Give the part of y that any class may have: w·((1−ε)·q + ε/C), q = 0 for class ids; 0 past the end."""
     zero = scalar(extras.rest, 0)
     y = splat(extras.rest)
     if extras.probs.size:

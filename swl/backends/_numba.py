@@ -169,10 +169,10 @@ class NumbaBackend(NumpyBackend):
         if not stats:
             rows = np.empty((5, N), acc)
             self._sweep(logits, target, rows, _NO_IDS, row_scale, out, flags)
-            return Rows(*rows)
+            return Rows(rows[0], rows[1], rows[2], rows[3], rows[4])
         rows, argmax = np.empty((7, N), acc), np.empty(N, np.int64)
         self._sweep(logits, target, rows, argmax, row_scale, out, flags | kernels.STATS)
-        return Rows(*rows, argmax)
+        return Rows(*(rows[i] for i in range(7)), argmax)
 
     def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
         packed = np.stack((rows.row_max, rows.row_max, rows.log_sum, rows.log_sum, rows.mass))

@@ -146,7 +146,7 @@ def _target_rows(z: Any, target: Target) -> tuple[Any, Any, Any]:
 
 
 def _mass(y: Any, target: Target) -> Any:
-    """A = Σ_c y_c, exactly 1 for class ids without weights."""
+    """Sum A = Σ_c y_c, exactly 1 for class ids without weights."""
     return y.sum(axis=1, dtype=np.float64).astype(y.dtype)
 
 

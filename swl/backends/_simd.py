@@ -16,6 +16,9 @@ int16            bfloat16 (likewise)
 ===============  ===========================================================
 """
 
+# mypy: ignore-errors
+# Numba compiles and types this file itself: the values are vectors and views that Python's types know nothing of.
+
 from __future__ import annotations
 
 import operator
@@ -364,7 +367,7 @@ maximum = _lanewise(lambda builder, a, b: builder.select(builder.fcmp_ordered("<
 
 def _operator(symbol: Any, op: Any) -> None:
     @overload(symbol)
-    def impl(a, b):  # type: ignore[no-untyped-def]  # Numba compares this signature with the lambda's
+    def impl(a, b):  # Numba compares this signature with the lambda's
         if isinstance(a, Vector) and isinstance(b, Vector):
             return lambda a, b: op(a, b)
         return None
