@@ -46,7 +46,8 @@ def _caller_in_swl(but: frozenset[str]) -> str | None:
     frame = sys._getframe(2)
     while frame is not None:
         module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if module.startswith("swl."):
+        # who calls a helper decides, or who holds a comprehension or lambda
+        if module.startswith("swl.") and module != "swl.arrays" and not name.startswith("<"):
             return None if name in but or module.startswith(_OUTSIDE) else f"{module}.{name}"
         frame = frame.f_back
     return None

@@ -34,8 +34,10 @@ OWN = {
 
 
 def as_swl(code: str, **names: Any) -> Any:
-    """Evaluate an expression as if it stood in swl."""
-    return eval(code, {"__name__": "swl.functional", **names})
+    """Evaluate an expression in a function that seems to be swl's."""
+    namespace = {"__name__": "swl.functional", **names}
+    exec(f"def operation():\n    return {code}", namespace)
+    return namespace["operation"]()
 
 
 # ------------------------------------------------------------------------------------------------ against CuPy
