@@ -172,7 +172,7 @@ class NumbaBackend(NumpyBackend):
             return Rows(rows[0], rows[1], rows[2], rows[3], rows[4])
         rows, argmax = np.empty((7, N), acc), np.empty(N, np.int64)
         self._sweep(logits, target, rows, argmax, row_scale, out, flags | kernels.STATS)
-        return Rows(*(rows[i] for i in range(7)), argmax)
+        return Rows(rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], argmax)
 
     def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
         packed = np.stack((rows.row_max, rows.row_max, rows.log_sum, rows.log_sum, rows.mass))
