@@ -17,7 +17,7 @@ from swl.targets import OptionKwargs, Options, Target
 __all__ = ["AffineSoftmaxWithLoss"]
 
 SELECTING = 8
-"""`top_k` holds a chunk of logits, a partitioned copy, masks, counts and candidates: less than eight times the chunk."""
+"""`top_k` holds a chunk of logits, a partitioned copy, masks, counts and candidates: under eight times the logits."""
 
 
 class _Saved(NamedTuple):
@@ -32,8 +32,8 @@ class _Saved(NamedTuple):
 class AffineSoftmaxWithLoss(WithAffineParameters):
     """The affine map ``x·W + b``, softmax and cross-entropy as the last layer, in chunks within a memory budget.
 
-    It computes what ``Affine(W, b)`` and ``SoftmaxWithLoss(**options)`` compute one after the other, but never stores the
-    ``(N, C)`` logits.
+    It computes what ``Affine(W, b)`` and ``SoftmaxWithLoss(**options)`` compute one after the other, but never stores
+    the ``(N, C)`` logits.
 
     Parameters
     ----------
@@ -187,31 +187,32 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
         acc = acc_dtype(backend.xp.result_type(*(a for a in (x2, self._W, self._b) if a is not None)))
         cut = plan(N, D, C, dtype=acc, needs=(), memory_budget=max(1, self.memory_budget // SELECTING))
         ids, log_probs = backend.empty((N, int(k)), np.int64), backend.empty((N, int(k)), acc)
-        buffer = backend.empty((min(cut.rows, N), cut.classes), acc)
+        buffer = backend.empty((min(cut.rows, N) * cut.classes,), acc)
         for r0, r1 in cuts(N, cut.rows):
-            ids[r0:r1], log_probs[r0:r1] = self._top_rows(backend, x2[r0:r1], int(k), buffer[: r1 - r0])
+            ids[r0:r1], log_probs[r0:r1] = self._top_rows(backend, x2[r0:r1], int(k), cut.classes, buffer)
         return ids.reshape(shape), log_probs.reshape(shape)
 
-    def _top_rows(self, backend: Backend, x: Any, k: int, buffer: Any) -> tuple[Any, Any]:
+    def _top_rows(self, backend: Backend, x: Any, k: int, classes: int, buffer: Any) -> tuple[Any, Any]:
         """Sweep some rows over chunks of classes, and keep the best so far."""
-        xp, C = backend.xp, self._W.shape[1]
-        whole = Target(ids=xp.zeros(len(x), np.int64))  # any class will do: only M and S are wanted
-        parts, starts = [], []
-        ids = z = None
-        for c0, c1 in cuts(C, buffer.shape[1]):
-            logits = buffer[:, : c1 - c0]
+        xp, n, C = backend.xp, x.shape[0], self._W.shape[1]
+        whole = Target(ids=xp.zeros(n, np.int64))  # any class will do: only M and S are wanted
+        rows = ids = z = None
+        for c0, c1 in cuts(C, classes):
+            logits = buffer[: n * (c1 - c0)].reshape(n, c1 - c0)
             backend.affine_forward(x, self._W[:, c0:c1], None if self._b is None else self._b[c0:c1], logits)
             if self.options.softcap is not None:  # z = κ·tanh(r/κ)
                 logits /= self.options.softcap
                 xp.tanh(logits, out=logits)
                 logits *= self.options.softcap
-            parts.append(backend.cross_entropy_forward(logits, whole.classes(c0, c1), False))
-            starts.append(c0)
-            logits[xp.isnan(logits)] = np.inf  # a NaN comes first, in rows that are NaN anyhow
-            here = _largest(xp, logits, min(k, c1 - c0))
-            best, at = xp.take_along_axis(logits, here, axis=1), here + c0
+            here = backend.cross_entropy_forward(logits, whole.classes(c0, c1), False)
+            rows = here if rows is None else combine(xp, (rows, here), whole, (0, c0), (None, None))
+            logits = xp.where(
+                xp.isnan(logits), buffer.dtype.type(np.inf), logits
+            )  # a NaN comes first, in rows that are NaN anyhow
+            order = _largest(xp, logits, min(k, c1 - c0))
+            best, at = xp.take_along_axis(logits, order, axis=1), order + c0
             ids, z = (at, best) if z is None else _merge(xp, (ids, at), (z, best), k)
-        rows = parts[0] if len(parts) == 1 else combine(xp, parts, whole, starts, [None] * len(parts))
+        assert rows is not None  # there is a class
         with np.errstate(invalid="ignore"):
             return ids, z - rows.row_max[:, None] - rows.log_sum[:, None]
 

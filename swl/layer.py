@@ -31,9 +31,13 @@ def _as_stored(x: Any, p: Any) -> Any:
 
 
 def describe(options: Options) -> list[str]:
-    """Say which options differ from their defaults, as a call would."""
+    """Say which options differ from their defaults, as a call would; of an array its dtype and shape."""
     given = Options()._asdict()
-    return [f"{k}={v!r}" for k, v in options._asdict().items() if v is not given[k]]
+
+    def one(value: Any) -> str:
+        return f"<{value.dtype} {value.shape}>" if getattr(value, "shape", ()) else repr(value)
+
+    return [f"{name}={one(value)}" for name, value in options._asdict().items() if value is not given[name]]
 
 
 class Layer:
@@ -185,3 +189,8 @@ class WithAffineParameters(Layer):
         backend = get(self.backend)
         b = None if b is None else bring(backend, "b", b)
         self._W, self._b = checks.affine_parameters(backend, bring(backend, "W", W), b)
+
+    @property
+    def x(self) -> Any:
+        """The input of the last `forward`."""
+        return None if self._saved is None else self._saved.x

@@ -63,11 +63,6 @@ class Affine(WithAffineParameters):
     def __init__(self, W: Any, b: Any = None) -> None:
         super().__init__(W, b)
 
-    @property
-    def x(self) -> Any:
-        """The input of the last `forward`."""
-        return None if self._saved is None else self._saved.x
-
     def forward(self, x: Any) -> Any:
         """Compute ``y = x·W + b``.
 
