@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from swl.distributed.comm import Counted, Grid, in_blocks, sum_in_order
 
 HERE = Path(__file__).parent / "mpi"
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "SWL_BACKEND": "numba"}
+ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "SWL_BACKEND": "numpy"}
 
 
 def start(ranks: int, *command: Any, **environment: str) -> subprocess.Popen[str]:
@@ -93,6 +95,69 @@ def test_rows_on_many_ranks_train_as_on_one(ranks: int) -> None:
     assert "cases" in first
     if ranks == 4:
         assert on(ranks, HERE / "data.py") == first, "another run, other bits"
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints, faults
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What training on 2 × 2 ranks prints if nothing happens."""
+    out = on(4, HERE / "train.py", tmp_path_factory.mktemp("undisturbed"), 2)
+    assert out.startswith("from step 0\n")
+    return out
+
+
+# rank, step, place, and the checkpoint that is complete then: one is written every 2 steps
+KILLS = [(1, 5, "step", 4), (1, 6, "shard", 4), (0, 6, "manifest", 4), (0, 6, "delete", 6)]
+
+
+@pytest.mark.parametrize(("rank", "step", "place", "last"), KILLS)
+def test_a_killed_run_ends_at_once_and_resumes(
+    tmp_path: Path, undisturbed: str, rank: int, step: int, place: str, last: int
+) -> None:
+    """Killed in a step, or at any moment of a checkpoint; the same bits in the end as without."""
+    status, out, err = end(start(4, HERE / "train.py", tmp_path, 2, f"{rank}:{step}:{place}"))
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 10
+    assert status != 0
+    assert "parameters" not in out
+    assert re.findall(r"swl: rank (\d) of 4, process \d+, ended without warning", err) == [str(rank)]
+    assert "signal 9" in out + err, "mpiexec names the cause"
+    assert on(4, HERE / "train.py", tmp_path, 2) == undisturbed.replace("from step 0", f"from step {last}")
+
+
+def test_a_checkpoint_is_loaded_on_another_number_of_ranks(tmp_path: Path, undisturbed: str) -> None:
+    """Written by 2 × 2 ranks, resumed by 1 × 3, written again, and resumed by one."""
+    end(start(4, HERE / "train.py", tmp_path, 2, "0:5:step"))
+    want = [line for line in undisturbed.splitlines() if line.startswith(("losses", "parameters"))]
+    status, out, _ = end(start(3, HERE / "train.py", tmp_path, 3, "2:7:step"))
+    assert status != 0
+    assert "from step 4" in out
+    resumed = on(1, HERE / "train.py", tmp_path, 1)
+    assert "from step 6" in resumed
+    for line, right in zip(resumed.splitlines()[1:], want, strict=False):
+        numbers, expected = (np.array(text.split()[1:], dtype=float) for text in (line, right))
+        np.testing.assert_allclose(numbers, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("raise", "ValueError: the disk is on fire"), ("exit", "exit status 3")]
+)
+def test_an_error_on_one_rank_ends_the_job_by_name(tmp_path: Path, place: str, message: str) -> None:
+    status, out, err = end(start(4, HERE / "train.py", tmp_path, 2, f"2:3:{place}"))
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 10
+    assert status != 0
+    assert "parameters" not in out
+    assert f"swl: rank 2 of 4 failed: {message}" in err
+
+
+def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
+    on(1, HERE / "train.py", tmp_path, 1)
+    shard = tmp_path / "step-00000008" / "rank-00000.npz"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    status, _, err = end(start(2, HERE / "train.py", tmp_path, 2))
+    assert status != 0
+    assert "is damaged" in err
 
 
 # ------------------------------------------------------------------------------------------------ one process

@@ -17,8 +17,9 @@ mpi4py but `run`; a communicator comes from the caller.
 
 from __future__ import annotations
 
+from swl.distributed.checkpoint import Checkpoints
 from swl.distributed.comm import Counted, Grid, run
 from swl.distributed.data import DataParallel
 from swl.distributed.head import ClassParallelHead
 
-__all__ = ["ClassParallelHead", "Counted", "DataParallel", "Grid", "run"]
+__all__ = ["Checkpoints", "ClassParallelHead", "Counted", "DataParallel", "Grid", "run"]

@@ -11,7 +11,10 @@ import contextlib
 import hashlib
 import importlib
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -252,7 +255,7 @@ def run() -> Iterator[Any]:
 
     A message names the rank and the cause, and ``MPI_Abort`` then ends the job, because the other ranks may wait for
     this one in a collective for ever. An exit with a status other than 0 is such an end too. A rank that is killed from
-    outside is reported, by rank and signal, by ``mpiexec``, which ends the others.
+    outside is named by a small process that watches it; ``mpiexec`` gives the signal and ends the others.
 
     Raises
     ------
@@ -267,20 +270,63 @@ def run() -> Iterator[Any]:
     0 1
     """
     comm = world()
+    watcher = _Watcher(comm)
     try:
         yield comm
     except BaseException as error:
         status = error.code if isinstance(error, SystemExit) else 1
         if comm.size == 1 or status in (None, 0):
+            watcher.dismiss()
             raise
         if isinstance(error, SystemExit):
             text = f"exit status {status}"
         else:
             traceback.print_exc()
             text = f"{type(error).__name__}: {error}"
+        watcher.silence()
         print(f"swl: rank {comm.rank} of {comm.size} failed: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         comm.Abort(status if isinstance(status, int) else 1)
+    watcher.dismiss()
+
+
+class _Watcher:
+    """A shell that waits for the end of this rank, and says so if it comes without warning.
+
+    A killed process cannot say a last word, and ``mpiexec`` gives its signal but not its rank. The shell reads from a pipe
+    that only this rank can write to: a line is a dismissal, an end of file is a death. The other ranks of the machine are
+    killed next, by ``mpiexec``; only the first to make the folder "dead" speaks.
+    """
+
+    SCRIPT = 'read line || { mkdir "$1/dead" 2>/dev/null && echo "$2" >&2; exec >&- 2>&-; sleep 2; rm -rf "$1"; }'
+
+    def __init__(self, comm: Any) -> None:
+        self.shell: subprocess.Popen[bytes] | None = None
+        if comm.size == 1 or os.name != "posix":
+            return
+        machine = comm.Split_type(importlib.import_module("mpi4py.MPI").COMM_TYPE_SHARED)
+        self.is_first = machine.rank == 0
+        self.folder = machine.bcast(tempfile.mkdtemp(prefix="swl-ranks-") if self.is_first else None, 0)
+        self.machine = machine
+        message = f"swl: rank {comm.rank} of {comm.size}, process {os.getpid()}, ended without warning: it was killed or crashed"
+        self.shell = subprocess.Popen(
+            ["/bin/sh", "-c", self.SCRIPT, "sh", self.folder, message], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    def silence(self) -> None:
+        """Let no rank of this machine be reported: the cause has been."""
+        if self.shell is not None:
+            with contextlib.suppress(OSError):
+                os.mkdir(os.path.join(self.folder, "dead"))
+
+    def dismiss(self) -> None:
+        """Send the shell away, at the good end of the run."""
+        if self.shell is None:
+            return
+        self.machine.Barrier()  # a rank that is still at work may yet die
+        self.shell.communicate(b"\n")
+        if self.is_first:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def world() -> Any:

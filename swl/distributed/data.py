@@ -1,6 +1,6 @@
 """A network whose copies work on different rows of a batch, and whose gradients are those of the whole batch.
 
-Means are over the rows that count on all ranks: with ``d_r`` the denominator of the rows of rank r (`swl.targets`), each
+Means are over the rows that count on all ranks: with ``d_r`` the denominator of rank r's rows (`swl.targets`), each
 gradient is scaled by ``d_r / Σ d``, and they are added up. The average of the means of the ranks would be wrong as soon
 as one of them has fewer rows, or more ignored ones.
 """
