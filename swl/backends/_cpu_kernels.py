@@ -192,20 +192,22 @@ def _backward(
 ) -> None:  # fmt: skip
     """Write the gradient of a row from what `_forward` left; `out` may be `row` itself.
 
-    p = exp(z − M − S) = exp(z − base)·exp(base − M − S), the second factor one number per block.
+    p = exp(z − M − S) = exp(z − base)·exp(base − M − S); `bases` ends as pull times the second factor, one number a block.
     """
     step = lanes(low)
     C = row.size
     c, zero = splat(scale), splat(scalar(low, 0))
+    for i in range((C + BLOCK - 1) // BLOCK):
+        bases[i] = pull * exp_unit(low) * _exp(bases[i] - M - S)
     at = hit - hit % step  # the vector of the target class
     end = min(at + step, C)
     g_hit = zero
     if hit >= 0:  # before the row is written over
-        k = splat(pull * exp_unit(low) * _exp(bases[at // BLOCK] - M - S))
-        g_hit = _gradient(row, extras, at, end, low, exps, k, c, set_lane(zero, hit - at, -y_hit))
+        hot = set_lane(zero, hit - at, -y_hit)
+        g_hit = _gradient(row, extras, at, end, low, exps, splat(bases[at // BLOCK]), c, hot)
     for start in range(0, C, BLOCK):
         stop = min(start + BLOCK, C)
-        k = splat(pull * exp_unit(low) * _exp(bases[start // BLOCK] - M - S))
+        k = splat(bases[start // BLOCK])
         begin = start
         if stream:
             begin = min(start + to_line(out, start), stop)
