@@ -1,7 +1,8 @@
-"""The CPU backend's threads: any number of them gives the same bits, callers may be threads, and a process may fork."""
+"""What only the compiled CPU kernels have to promise: of their threads, and of memory past 2³² elements."""
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
 import warnings
@@ -70,3 +71,23 @@ def test_a_forked_process_has_threads_of_its_own(one_thread: list[bytes], monkey
     finally:
         child.kill()
         child.join()
+
+
+def test_offsets_past_two_to_the_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 4096 of 2²⁰ classes, on one thread: an offset of 32 bits would be row 0.
+
+    The rows between are ignored, so that they are never read and their 17 GB of memory never exist.
+    """
+    monkeypatch.setattr(POOL, "threads", 1)
+    N, C = 4097, 2**20
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, 4 * N * C, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    z = np.frombuffer(memory, np.float32).reshape(N, C)
+    z[0], z[-1] = 5, RNG.standard_normal(C, np.float32)
+    t = np.full(N, -100)
+    t[-1] = 3
+    with swl.use_backend("numba"):
+        loss = swl.cross_entropy(z, t)
+        alone = swl.cross_entropy(z[-1:].copy(), t[-1:])
+    assert loss == alone
+    assert 13 < loss < 22
