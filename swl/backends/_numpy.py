@@ -72,7 +72,9 @@ class NumpyBackend:
             S[-np.inf == M] = np.nan  # nothing but −inf
             A = _mass(y, target)
             d = _dot(y, u)
-            loss = A * S - d + target.z_loss * m * (M + S) ** 2
+            loss = A * S - d
+            if target.z_loss:
+                loss += target.z_loss * m * (M + S) ** 2
             if target.ids is not None:
                 loss[target.ids == IGNORED] = 0
             if not stats:
@@ -89,7 +91,7 @@ class NumpyBackend:
         M, S, A = rows.row_max, rows.log_sum, rows.mass
         with np.errstate(invalid="ignore", over="ignore"):
             p = np.exp(z - M[:, None] - S[:, None])
-            pull = A + 2 * target.z_loss * m * (M + S)
+            pull = A + 2 * target.z_loss * m * (M + S) if target.z_loss else A
             grad = (pull[:, None] * p - y) * row_scale[:, None]  # ∂L/∂z = (A + 2λ·m·(M + S))·p − y
             if slope is not None:
                 grad *= slope
