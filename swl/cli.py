@@ -17,8 +17,10 @@ import numpy as np
 
 import swl
 from swl import data as datasets
+from swl import distributed
 from swl import train as training
 from swl.backends import active, get
+from swl.distributed.comm import launched
 from swl.gradcheck import GradientReport
 from swl.train import Settings
 
@@ -108,6 +110,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=["all", "each"],
         help="scale inputs all alike, or each feature; by default digits all, --data each",
     )
+    train.add_argument(
+        "--class-parallel",
+        type=_at_least(int, 1),
+        metavar="N",
+        help="spread the classes over N ranks, under mpiexec; the other ranks share the rows of each batch",
+    )
+    train.add_argument(
+        "--checkpoint", type=Path, metavar="FOLDER", help="save after each epoch, and go on from the last one there"
+    )
     train.add_argument("--plot", type=Path, metavar="FILE", help="save a picture of loss and accuracy")
     train.add_argument("--save", type=Path, metavar="FILE", help="save the parameters, as .npz")
     train.set_defaults(run=_train)
@@ -129,6 +140,34 @@ def _at_least(number: type[int] | type[float], low: float) -> Callable[[str], fl
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.class_parallel is None and options.checkpoint is None and not launched():
+        return _run_training(*_prepare(options), options)
+    with distributed.run() as comm, contextlib.ExitStack() as stack:
+        if comm.rank:  # rank 0 speaks for all
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+        prepared, refusal = None, None
+        try:
+            grid = distributed.Grid.of(comm, options.class_parallel or 1)
+            prepared = _prepare(options)
+        except (_Refused, ValueError, swl.BackendUnavailable) as error:
+            refusal = str(error)
+        refusals = comm.allgather(refusal)
+        found = next((text for text in refusals if text is not None), None)
+        if found is not None:
+            print(f"swl: {found}", file=sys.stderr)
+            return 2
+        assert prepared is not None
+        try:
+            return _run_training(*prepared, options, grid)
+        except _Refused as error:  # by all ranks
+            print(f"swl: {error}", file=sys.stderr)
+            return 2
+
+
+def _prepare(options: argparse.Namespace) -> tuple[datasets.Data, Settings, Any]:
+    """Check what can be checked, and load the data."""
     _check_outputs(options)
     try:
         tqdm = datasets.require("tqdm", "the progress bar of swl train").tqdm
@@ -140,12 +179,11 @@ def _train(options: argparse.Namespace) -> int:
     settings = Settings(
         options.hidden, options.epochs, options.batch_size, options.lr, options.seed, options.dtype, options.scale
     )
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(swl.use_backend(options.backend or active()))
-        except ValueError as error:  # no backend of that name
-            raise _Refused(str(error)) from None
-        return _run_training(data, settings, options, tqdm)
+    try:
+        get(options.backend or active())
+    except ValueError as error:  # no backend of that name
+        raise _Refused(str(error)) from None
+    return data, settings, tqdm
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -161,10 +199,24 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise _Refused(f"--save FILE must end in .npz, got {options.save}")
 
 
-def _run_training(data: datasets.Data, settings: Settings, options: argparse.Namespace, tqdm: Any) -> int:
-    name, (N, D) = active(), data.x.shape
-    print(f"backend {name}, {settings.dtype}; {data.name}: {N} rows of {D} numbers, {data.n_classes} classes")
-    with tqdm(unit="step", file=sys.stderr, leave=False) as bar:
+def _run_training(
+    data: datasets.Data,
+    settings: Settings,
+    tqdm: Any,
+    options: argparse.Namespace,
+    grid: distributed.Grid | None = None,
+) -> int:
+    (N, D), leads = data.x.shape, grid is None or grid.world.rank == 0
+    checkpoints = None
+    if grid is not None and options.checkpoint is not None:
+        checkpoints = distributed.Checkpoints(options.checkpoint, grid)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(swl.use_backend(options.backend or active()))
+        name = active()
+        print(f"backend {name}, {settings.dtype}; {data.name}: {N} rows of {D} numbers, {data.n_classes} classes")
+        if grid is not None:
+            print(f"{grid.world.size} ranks: rows over {grid.data.size}, classes over {grid.classes.size}")
+        bar = stack.enter_context(tqdm(unit="step", file=sys.stderr, leave=False, disable=not leads))
 
         def on_start(net: swl.Sequential, report: GradientReport, steps: int) -> None:
             bar.reset(total=steps)
@@ -174,12 +226,23 @@ def _run_training(data: datasets.Data, settings: Settings, options: argparse.Nam
         def on_epoch(number: int, epoch: training.Epoch) -> None:
             tqdm.write(f"epoch {number:3}  loss {epoch.loss:.8f}  validation accuracy {epoch.validation:.4f}")
 
-        result = training.train(data, settings, on_start=on_start, on_step=bar.update, on_epoch=on_epoch)
+        try:
+            result = training.train(
+                data,
+                settings,
+                on_start=on_start,
+                on_step=bar.update,
+                on_epoch=on_epoch,
+                grid=grid,
+                checkpoints=checkpoints,
+            )
+        except datasets.DataError as error:  # a checkpoint of another run
+            raise _Refused(str(error)) from None
     print(f"throughput {result.rows_per_second:,.0f} rows/s")
-    if options.plot is not None:
+    if options.plot is not None and leads:
         training.plot(options.plot, result, f"{data.name}, backend {name}")
         print(f"picture in {options.plot}")
-    if options.save is not None:
+    if options.save is not None and leads:
         training.save(options.save, result.net)
         print(f"parameters in {options.save}")
     print(f"test accuracy {result.test_accuracy:.4f}")

@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import swl
-from swl.data import Data, Part, require, split
+from swl.data import Data, DataError, Part, require, split
+from swl.distributed import Checkpoints, Grid
+from swl.distributed.training import accuracy as spread_accuracy
+from swl.distributed.training import collect, rows_here, spread
 from swl.gradcheck import GradientReport
 
 __all__ = ["Epoch", "Result", "Settings", "plot", "save", "train"]
@@ -73,6 +76,8 @@ def train(
     on_start: Callable[[swl.Sequential, GradientReport, int], None] = lambda net, report, steps: None,
     on_step: Callable[[], None] = lambda: None,
     on_epoch: Callable[[int, Epoch], None] = lambda number, epoch: None,
+    grid: Grid | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Result:
     """Check the gradients once, then train with AdamW and a learning rate that falls to 0 along a cosine.
 
@@ -82,6 +87,10 @@ def train(
     settings : Settings
     on_start, on_step, on_epoch : callables
         Told about the network, its gradient check and the number of steps; each step; each epoch.
+    grid : swl.distributed.Grid, optional
+        Ranks to spread network and batches over; all of them call this together, with the same data and settings.
+    checkpoints : swl.distributed.Checkpoints, optional
+        Where to save after each epoch; training goes on from the last one there.
 
     Raises
     ------
@@ -96,36 +105,53 @@ def train(
         return Part(swl.asarray(((part.x - shift) / scale).astype(settings.dtype)), swl.asarray(part.t))
 
     training, validation, test = map(ready, parts)
-    net = build(data.x.shape[1], data.n_classes, settings, rng)
-    parameters, optimizer = net.parameters(), swl.AdamW(settings.lr, weight_decay=WEIGHT_DECAY)
+    net: Any = build(data.x.shape[1], data.n_classes, settings, rng)
     rows, size = len(training.x), settings.batch_size
     per_epoch = math.ceil(rows / size)
     on_start(net, swl.check_gradients(net, training.x[:8], training.t[:8], projections=3), settings.epochs * per_epoch)
 
+    if grid is not None:
+        net = spread(net, grid)
+    parameters, optimizer = net.parameters(), swl.AdamW(settings.lr, weight_decay=WEIGHT_DECAY)
     history: list[Epoch] = []
-    seconds, step = 0.0, 0
+    if checkpoints is not None and (found := checkpoints.load(net, optimizer)) is not None:
+        if found[1]["settings"] != list(settings):
+            raise DataError(f"{checkpoints.folder} is of a run with other settings: {found[1]['settings']}")
+        history = [Epoch(*epoch) for epoch in found[1]["history"]]
+    seconds, done = 0.0, len(history)
     for number in range(1, settings.epochs + 1):
         begin, total = time.perf_counter(), 0.0
         order = swl.asarray(rng.permutation(rows))
+        step = (number - 1) * per_epoch
+        if number <= done:
+            continue
         for start in range(0, rows, size):
             batch = order[start : start + size]
             optimizer.lr = settings.lr * 0.5 * (1 + math.cos(math.pi * step / (settings.epochs * per_epoch)))
-            loss, _ = net.forward_backward(training.x[batch], training.t[batch])
+            here = batch if grid is None else rows_here(batch, grid)
+            loss, _ = net.forward_backward(training.x[here], training.t[here])
             optimizer.update(parameters, net.gradients())
             total = total + loss * len(batch)
             step += 1
             on_step()
         mean = float(total) / rows  # on a GPU, the one wait of an epoch
         seconds += time.perf_counter() - begin
-        history.append(Epoch(mean, accuracy(net, validation)))
+        history.append(Epoch(mean, accuracy(net, validation, grid)))
         on_epoch(number, history[-1])
-    test_accuracy = accuracy(net, test)
+        if checkpoints is not None:
+            checkpoints.save(number, net, optimizer, {"history": history, "settings": settings})
+    test_accuracy = accuracy(net, test, grid)
+    if grid is not None:
+        net = collect(net)
     _absorb(net, shift, scale)
-    return Result(net, history, test_accuracy, settings.epochs * rows / seconds)
+    trained = (settings.epochs - done) * rows
+    return Result(net, history, test_accuracy, trained / seconds if trained else 0.0)
 
 
-def accuracy(net: swl.Sequential, part: Part) -> float:
+def accuracy(net: Any, part: Part, grid: Grid | None = None) -> float:
     """Compute the share of rows whose largest score is at the class of the target."""
+    if grid is not None:
+        return spread_accuracy(net, part.x, part.t, grid)
     best = part.t.argmax(axis=1) if part.t.ndim == 2 else part.t
     return float((net.predict(part.x).argmax(axis=1) == best).mean())
 

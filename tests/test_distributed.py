@@ -160,6 +160,59 @@ def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
     assert "is damaged" in err
 
 
+# ------------------------------------------------------------------------------------------------ swl train
+
+
+SWL = ("-c", "import sys; from swl.cli import main; sys.exit(main(sys.argv[1:]))")
+DIGITS = ("train", "digits", "--hidden", "20", "--seed", "3")
+
+
+def progress(out: str) -> list[str]:
+    return [line for line in out.splitlines() if line.startswith(("epoch", "test accuracy"))]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[str]:
+    """What one process prints over two epochs."""
+    command = [sys.executable, *SWL, *DIGITS, "--epochs", "2"]
+    out = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
+    assert len(progress(out)) == 3
+    return progress(out)
+
+
+@pytest.mark.parametrize(("ranks", "class_parallel"), [(4, 2), (3, 3), (2, 1)])
+def test_train_on_many_ranks_prints_what_one_prints(alone: list[str], ranks: int, class_parallel: int) -> None:
+    """Losses to 8 places, and every line once."""
+    out = on(ranks, *SWL, *DIGITS, "--epochs", "2", "--class-parallel", class_parallel)
+    assert progress(out) == alone
+    assert f"{ranks} ranks: rows over {ranks // class_parallel}, classes over {class_parallel}\n" in out
+
+
+def test_train_goes_on_from_its_checkpoint(alone: list[str], tmp_path: Path) -> None:
+    """On another number of ranks; with other settings not at all."""
+    saved = tmp_path / "net.npz"
+    arguments = (*DIGITS, "--epochs", "2", "--checkpoint", tmp_path / "run", "--save", saved)
+    assert progress(on(2, *SWL, *arguments, "--class-parallel", "2")) == alone
+    shutil.rmtree(tmp_path / "run" / "step-00000002")  # as if killed in the second epoch
+    with np.load(saved) as file:
+        before = dict(file)
+    assert progress(on(1, *SWL, *arguments)) == alone[1:]
+    with np.load(saved) as file:
+        assert set(file) == {"0.W", "0.b", "2.W", "2.b"}
+        for name in file:
+            np.testing.assert_allclose(file[name], before[name], rtol=1e-6, atol=1e-9)
+    status, out, err = end(start(2, *SWL, *arguments, "--lr", "7"))
+    assert status == 2
+    assert re.search(r"^swl: .* is of a run with other settings", err, re.M)
+    assert progress(out) == []
+
+
+def test_ranks_that_cannot_be_arranged_are_refused_once() -> None:
+    status, _, err = end(start(3, *SWL, *DIGITS, "--class-parallel", "2"))
+    assert status == 2
+    assert err.splitlines() == ["swl: class_parallel must divide the number of ranks, 3, got 2"]
+
+
 # ------------------------------------------------------------------------------------------------ one process
 
 

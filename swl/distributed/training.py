@@ -1,0 +1,54 @@
+"""What `swl train` needs to train on several ranks: a network spread over them, and the whole one in the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swl.backends import active, get
+from swl.distributed.comm import Grid, gather_numbers, in_blocks
+from swl.distributed.data import DataParallel
+from swl.distributed.head import ClassParallelHead
+from swl.layers import Affine, Sequential, SoftmaxWithLoss
+
+__all__ = ["accuracy", "collect", "rows_here", "spread"]
+
+
+def spread(net: Sequential, grid: Grid) -> DataParallel:
+    """Spread a network over the ranks: the classes of its last `Affine` over a row of the grid, batches over a column.
+
+    Parameters
+    ----------
+    net : Sequential
+        Its last two layers are `Affine` and `SoftmaxWithLoss`; the same on all ranks.
+    grid : Grid
+    """
+    *body, last, loss = net.layers
+    if not (isinstance(last, Affine) and isinstance(loss, SoftmaxWithLoss)):
+        raise TypeError(f"the last two layers must be Affine and SoftmaxWithLoss, got {last!r} and {loss!r}")
+    head = ClassParallelHead.of(grid.classes, last.W, last.b, **loss.options._asdict())
+    return DataParallel(Sequential(*body, head), grid.data)
+
+
+def collect(net: DataParallel) -> Sequential:
+    """Give the network that was spread, whole, on every rank."""
+    *body, head = net.net.layers
+    backend = get(active())
+    W, b = (None if p is None else backend.asarray(p) for p in head.gather())
+    return Sequential(*body, Affine(W, b), SoftmaxWithLoss(**head.options._asdict()))
+
+
+def rows_here(batch: Any, grid: Grid) -> Any:
+    """Give this rank's share of a batch of rows."""
+    start, stop = in_blocks(len(batch), grid.data.size)[grid.data.rank]
+    return batch[start:stop]
+
+
+def accuracy(net: DataParallel, x: Any, t: Any, grid: Grid) -> float:
+    """Compute the share of rows whose largest score is at the class of the target, each rank on its share of the rows."""
+    *body, head = net.net.layers
+    x, t = rows_here(x, grid), rows_here(t, grid)
+    for layer in body:
+        x = layer.predict(x)
+    right = head.accuracy(x, t) * len(x) if len(x) else 0.0  # all ranks with these rows have none
+    hits, rows = gather_numbers(grid.data, right, len(x)).sum(axis=0)
+    return float(hits / rows)
