@@ -1,0 +1,22 @@
+"""The classifier head for PyTorch: torch's own signatures over swl's kernels, without copies.
+
+CPU tensors run on the active host backend, CUDA tensors on the CuPy backend, on torch's current stream.
+"""
+
+from swl.torch._bridge import share_memory_pool
+from swl.torch._cross_entropy import cross_entropy
+from swl.torch._linear import affine, linear_cross_entropy
+from swl.torch._modules import Affine, CrossEntropyLoss, LinearCrossEntropyLoss
+from swl.torch._patch import Report, patch
+
+__all__ = [
+    "Affine",
+    "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
+    "Report",
+    "affine",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "patch",
+    "share_memory_pool",
+]

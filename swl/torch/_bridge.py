@@ -1,0 +1,148 @@
+"""Tensors as the arrays of a backend and back, without copies."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swl.backends import _REGISTRY, Backend, active, get
+from swl.errors import BackendUnavailable
+
+__all__ = ["Bridge", "Cuda", "Host", "bridge", "share_memory_pool"]
+
+
+class Bridge(Protocol):
+    """The way between the tensors of a device and the arrays of a backend."""
+
+    @property
+    def backend(self) -> Backend:
+        """Which runs on the tensors."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the values of an array can be looked at without waiting for a device."""
+
+    def array(self, t: Tensor) -> Any:
+        """See a tensor as an array: the same memory."""
+
+    def tensor(self, a: Any) -> Tensor:
+        """See an array as a tensor: the same memory."""
+
+    def scope(self) -> AbstractContextManager[object]:
+        """Within it, the backend works on torch's current stream."""
+
+
+class Host:
+    """CPU tensors, as NumPy arrays."""
+
+    on_host = True
+    _scope = nullcontext()
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    def array(self, t: Tensor) -> Any:
+        t = t.detach()
+        if t.is_neg():
+            t = t.resolve_neg()
+        if t.dtype is torch.bfloat16:  # NumPy has no such dtype of its own
+            return t.view(torch.int16).numpy().view(_bfloat16())
+        return t.numpy()
+
+    def tensor(self, a: Any) -> Tensor:
+        a = np.asarray(a)
+        if a.dtype.name == "bfloat16":
+            return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(a)
+
+    def scope(self) -> AbstractContextManager[object]:
+        return self._scope
+
+
+def _bfloat16() -> Any:
+    try:
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError as error:
+        raise BackendUnavailable(
+            "bfloat16 tensors on the CPU need the package ml_dtypes, which is not installed; pip install ml_dtypes"
+        ) from error
+
+
+class Cuda:
+    """CUDA tensors, as CuPy arrays by way of DLPack, on torch's current stream for their device."""
+
+    on_host = False
+
+    def __init__(self, device: int) -> None:
+        self.backend = get("cupy")
+        self.device = device
+
+    def array(self, t: Tensor) -> Any:
+        t = t.detach()
+        return self.backend.xp.from_dlpack(t.resolve_neg() if t.is_neg() else t)
+
+    def tensor(self, a: Any) -> Tensor:
+        return torch.from_dlpack(a)
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        cuda = self.backend.xp.cuda
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        with cuda.Device(self.device), cuda.ExternalStream(stream, self.device):
+            yield
+
+
+_hosts: dict[str, Host] = {}
+
+
+def bridge(t: Tensor) -> Bridge:
+    """Choose by the tensor's device: CPU tensors get the active host backend, CUDA tensors get CuPy's.
+
+    Raises
+    ------
+    TypeError
+        For any other device.
+    BackendUnavailable
+        For a CUDA tensor where CuPy cannot run.
+    """
+    if t.is_cpu:
+        name = active()
+        if _REGISTRY[name][1] != "host":  # SWL_BACKEND=cupy says nothing of tensors: their device does
+            name = "numba"
+        found = _hosts.get(name)
+        if found is None:
+            found = _hosts[name] = Host(get(name))
+        return found
+    if t.is_cuda:
+        return Cuda(t.device.index)
+    raise TypeError(f"tensors must be on a CPU or a CUDA device, got one on {t.device}")
+
+
+def share_memory_pool() -> None:
+    """Make CuPy take its memory from torch's caching allocator, so that the two do not hoard memory from each other.
+
+    Raises
+    ------
+    BackendUnavailable
+        If CuPy cannot run here.
+
+    Notes
+    -----
+    Process-wide, and for arrays made from now on. Blocks belong to torch's current stream of the time of allocation.
+    """
+    cupy = get("cupy").xp
+
+    def malloc(size: int, device: int) -> int:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return int(torch.cuda.caching_allocator_alloc(size, device, stream))
+
+    def free(pointer: int, device: int) -> None:
+        torch.cuda.caching_allocator_delete(pointer)
+
+    cupy.cuda.set_allocator(cupy.cuda.PythonFunctionAllocator(malloc, free).malloc)

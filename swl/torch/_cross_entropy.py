@@ -1,0 +1,277 @@
+"""`cross_entropy`: an autograd function for tensors at hand, custom operations for whoever traces them.
+
+On a CPU the forward sweep of a mean or a sum computes the gradient too, for an upstream gradient of 1: one sweep over the
+logits instead of two. Backward hands that gradient over, scaled in place where the upstream gradient is not 1; whoever
+asks again gets it from another sweep. On a device, where looking at the upstream gradient would wait, and in float16, where
+a gradient of a mean underflows before a loss scale reaches it, backward is always a sweep of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swl.backends import Rows
+from swl.torch._loss import (
+    Loss,
+    Settings,
+    Tensors,
+    check,
+    composed,
+    out_dtype,
+    route,
+    settings,
+    target_gradient,
+    tensors,
+)
+
+__all__ = ["cross_entropy"]
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """Compute the cross-entropy of logits: `torch.nn.functional.cross_entropy` on swl's kernels.
+
+    Parameters
+    ----------
+    input : Tensor, shape (C,), (N, C) or (N, C, d1, ..., dK)
+        Logits; float64, float32, float16 or bfloat16, of any strides; on the CPU or a CUDA device. Never copied if ``K`` is
+        0, the classes are innermost in memory, or a sample has at least 256 positions.
+    target : Tensor
+        Class ids of any integer dtype, of the shape of `input` without ``C``; or probabilities of the shape of `input`.
+    weight : Tensor, shape (C,), optional
+        Class weights.
+    size_average, reduce : bool, optional
+        Torch's old names for `reduction`.
+    ignore_index, reduction, label_smoothing
+        As torch has them; ``label_smoothing`` in [0, 1).
+    sample_weight : Tensor, of the shape of class ids, optional
+        Row weights.
+    z_loss : float
+        λ of ``λ·m·lse²``.
+    softcap : float, optional
+        κ of ``z = κ·tanh(input/κ)``.
+    denominator : float or 0-d Tensor, optional
+        What the mean divides by.
+
+    Returns
+    -------
+    Tensor
+        0-d, or of the shape of class ids under ``reduction="none"``; of the dtype of `input` (under autocast float32), NaN
+        for the mean of nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming argument, what came and what is legal; on a CPU also for a class id out of range.
+    NotImplementedError
+        If `weight`, `sample_weight` or `denominator` requires a gradient.
+
+    Notes
+    -----
+    Differentiable in `input` and in probabilities. Arithmetic and sums are in float32 (float64 for float64), rounded once.
+    Derivatives of higher order, forward mode and the transforms of `torch.func` are right too, but run in torch's own
+    operations, at their speed.
+
+    Examples
+    --------
+    >>> import torch, swl.torch
+    >>> logits = torch.zeros(2, 4, requires_grad=True)
+    >>> swl.torch.cross_entropy(logits, torch.tensor([0, 3])).backward()
+    >>> logits.grad[0]
+    tensor([-0.3750,  0.1250,  0.1250,  0.1250])
+    """
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    setting = settings(reduction, ignore_index, label_smoothing, z_loss, softcap)
+    given = tensors(input, weight, sample_weight, denominator, reduction)
+    probabilities = check(input, target, given, setting)
+    dtype = out_dtype(input, target, probabilities)
+    way = route(input, target, *given)
+    if way == "traced":
+        return _operation(input, target, *given, *setting, dtype)[0]
+    if way == "transformed":
+        return composed(input, target, given, setting, probabilities).to(dtype)
+    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        return _CrossEntropy.apply(input, target, given, setting, probabilities, dtype)
+    return forward(input, target, given, setting, probabilities, dtype)
+
+
+def forward(
+    input: Tensor, target: Tensor, given: Tensors, setting: Settings, probabilities: bool, dtype: torch.dtype
+) -> Tensor:
+    """Compute the loss alone."""
+    loss = Loss.of(input, target, given, setting, probabilities)
+    with loss.bridge.scope():
+        return loss.reduce(loss.forward(input).loss, dtype)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """See the module's text."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        target: Tensor,
+        given: Tensors,
+        setting: Settings,
+        probabilities: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        loss = Loss.of(input, target, given, setting, probabilities)
+        with loss.bridge.scope():
+            at_once = loss.bridge.on_host and setting.reduction != "none" and input.dtype is not torch.float16
+            if at_once and ctx.needs_input_grad[0]:
+                rows, ctx.gradient = loss.both(input)
+            else:
+                rows, ctx.gradient = loss.forward(input), None
+            ctx.save_for_backward(input, target)
+            ctx.loss, ctx.rows, ctx.given, ctx.probabilities = loss, rows, given, probabilities
+            return loss.reduce(rows.loss, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return *_twice(ctx, grad_output), None, None, None, None
+        loss, rows, d_target = ctx.loss, ctx.rows, None
+        d_input, ctx.gradient = ctx.gradient, None
+        if d_input is not None:
+            if grad_output.item() != 1.0:
+                d_input.mul_(grad_output)
+        elif ctx.needs_input_grad[0]:
+            with loss.bridge.scope():
+                d_input = loss.backward(ctx.saved_tensors[0], rows, loss.row_scale(grad_output))
+        if ctx.needs_input_grad[1]:
+            with loss.bridge.scope():
+                d_target = _target_gradient(loss, ctx.saved_tensors, rows, grad_output, ctx.given)
+        return d_input, d_target, None, None, None, None
+
+
+def _target_gradient(loss: Loss, saved: Any, rows: Rows, grad_output: Tensor, given: Tensors) -> Tensor:
+    input, target = saved
+    tensor, o = loss.bridge.tensor, loss.problem.options
+    setting = Settings(o.reduction, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap or 0.0)
+    scale = tensor(loss.row_scale(grad_output))
+    grad = target_gradient(input, tensor(rows.row_max), tensor(rows.log_sum), scale, given.weight, setting)
+    return grad.to(target.dtype)
+
+
+def _twice(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Compute gradients that can be differentiated again, which asks for torch's own operations."""
+    o = ctx.loss.problem.options
+    setting = Settings(o.reduction, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap or 0.0)
+    saved = ctx.saved_tensors
+    loss = composed(*saved, ctx.given, setting, ctx.probabilities)
+    wanted = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
+    grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=True))
+    d_input, d_target = (next(grads) if needed else None for needed in ctx.needs_input_grad[:2])
+    return d_input, d_target
+
+
+# ------------------------------------------------------------------------------------------------ custom operations
+
+
+def _rebuilt(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> tuple[Loss, Tensors, Settings]:
+    given, setting = Tensors(*options[:3]), Settings(*options[3:])
+    return Loss.of(input, target, given, setting, target.shape == input.shape), given, setting
+
+
+@torch.library.custom_op("swl::cross_entropy", mutates_args=())
+def _operation(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    denominator: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    options = weight, sample_weight, denominator, reduction, ignore_index, label_smoothing, z_loss, softcap
+    loss, _, _ = _rebuilt(input, target, options)
+    with loss.bridge.scope():
+        rows = loss.forward(input)
+        kept = loss.problem.backend.xp.stack((rows.row_max, rows.log_sum, rows.mass))
+        return loss.reduce(rows.loss, dtype), loss.bridge.tensor(kept)
+
+
+@_operation.register_fake
+def _(input: Any, target: Any, *options: Any) -> Any:
+    shape = input.shape[:1] + input.shape[2:] if input.ndim > 1 else ()
+    loss = input.new_empty(shape if options[3] == "none" else (), dtype=options[-1])
+    acc = torch.float64 if input.dtype is torch.float64 else torch.float32
+    n = 1
+    for size in shape:
+        n = n * size
+    return loss, input.new_empty((3, n), dtype=acc)
+
+
+@torch.library.custom_op("swl::cross_entropy_backward", mutates_args=())
+def _operation_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    kept: Tensor,
+    of_target: bool,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    denominator: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> Tensor:
+    options = weight, sample_weight, denominator, reduction, ignore_index, label_smoothing, z_loss, softcap
+    loss, given, setting = _rebuilt(input, target, options)
+    with loss.bridge.scope():
+        scale = loss.row_scale(grad_output)
+        if of_target:
+            scale = loss.bridge.tensor(scale)
+            grad = target_gradient(input, kept[0], kept[1], scale, given.weight, setting).to(target.dtype)
+            return grad.clone(memory_format=torch.contiguous_format)
+        row_max, log_sum, mass = loss.bridge.array(kept)
+        grad = loss.backward(input, Rows(None, row_max, log_sum, None, mass), scale)
+        return grad.contiguous()  # the layout that the fake operation tells the compiler of
+
+
+@_operation_backward.register_fake
+def _(grad_output: Any, input: Any, target: Any, kept: Any, of_target: bool, *options: Any) -> Any:
+    return input.new_empty(input.shape, dtype=target.dtype if of_target else input.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, target, *tensors_, reduction, ignore_index, eps, z_loss, softcap, _ = inputs
+    ctx.save_for_backward(input, target, output[1], *tensors_)
+    ctx.setting = reduction, ignore_index, eps, z_loss, softcap
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    input, target, kept, *options = ctx.saved_tensors
+    grads = (
+        _operation_backward(grad_loss, input, target, kept, of_target, *options, *ctx.setting) if needed else None
+        for needed, of_target in zip(ctx.needs_input_grad, (False, True), strict=False)
+    )
+    return *grads, *(None,) * 9
+
+
+_operation.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,537 @@
+"""`affine` and `linear_cross_entropy`: autograd functions for tensors at hand, custom operations for whoever traces them.
+
+The fused head computes its gradients in the forward sweep, three matrix products in all, for an upstream gradient of 1, and
+backward hands them over, scaled in place. Under ``reduction="none"``, in float16, where a gradient of a mean underflows before
+a loss scale reaches it, on a second backward, and in a compiled graph, backward forms the logits again: a fourth product.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swl.backends import Rows
+from swl.fused import DEFAULT_BUDGET
+from swl.passes import AffinePass, LinearPass
+from swl.targets import Options
+from swl.torch._bridge import Bridge, bridge
+from swl.torch._cross_entropy import cross_entropy
+from swl.torch._loss import (
+    FLOATS,
+    Loss,
+    Settings,
+    Tensors,
+    check,
+    composed,
+    route,
+    settings,
+    target_gradient,
+    tensors,
+)
+
+__all__ = ["affine", "linear_cross_entropy"]
+
+
+# ------------------------------------------------------------------------------------------------ affine
+
+
+def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute ``input·weightᵀ + bias``: `torch.nn.functional.linear` on swl's kernels.
+
+    Parameters
+    ----------
+    input : Tensor, shape (..., D)
+        float64, float32, float16 or bfloat16; on the CPU or a CUDA device.
+    weight : Tensor, shape (K, D), of the dtype of `input`
+    bias : Tensor, shape (K,), of the dtype of `input`, optional
+
+    Returns
+    -------
+    Tensor, shape (..., K)
+        16-bit operands are multiplied and summed in float32 and rounded once. Under autocast of autocast's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming argument, what came and what is legal.
+
+    Examples
+    --------
+    >>> import torch, swl.torch
+    >>> swl.torch.affine(torch.tensor([1., 2.]), torch.eye(2), torch.tensor([10., 20.]))
+    tensor([11., 22.])
+    """
+    input, weight, bias = _autocast(input, weight, bias)
+    _check_affine(input, weight, bias, ("input", "weight", "bias"))
+    way = route(input, weight, bias)
+    if way == "traced":
+        return _affine_operation(input, weight, bias)
+    if way == "transformed":
+        return torch.nn.functional.linear(input, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return _Affine.apply(input, weight, bias)
+    return _affine(input, weight, bias)
+
+
+def _autocast(*given: Tensor | None) -> tuple[Any, ...]:
+    """Convert as torch converts the operands of a product under autocast."""
+    device = next(t.device.type for t in given if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return given
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype is torch.float64 else t.to(dtype) for t in given
+    )
+
+
+def _check_affine(input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]) -> None:
+    x, w, b = names
+    if weight.ndim != 2:
+        raise ValueError(f"{w} must have shape (K, D), got {tuple(weight.shape)}")
+    if not input.ndim or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{x} must have shape (..., {weight.shape[1]}), got {tuple(input.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{b} must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    for name, t in zip(names, (input, weight, bias), strict=True):
+        if t is None:
+            continue
+        if t.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+        if t.dtype is not input.dtype or t.device != input.device:
+            raise TypeError(f"{x} is {input.dtype} on {input.device} but {name} is {t.dtype} on {t.device}")
+
+
+def _pass(here: Bridge, input: Tensor, weight: Tensor) -> AffinePass:
+    return AffinePass.of(here.backend, here.array(input), here.array(weight.T))
+
+
+def _affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    here = bridge(input)
+    with here.scope():
+        y = _pass(here, input, weight).forward(None if bias is None else here.array(bias))
+        return here.tensor(y)
+
+
+def _affine_gradients(
+    grad_output: Tensor, input: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> list[Tensor | None]:
+    here = bridge(input)
+    rows, (K, D) = grad_output.numel() // max(weight.shape[0], 1), weight.shape
+    with here.scope():
+        grads = [
+            torch.empty(shape, dtype=input.dtype, device=input.device) if needed else None
+            for shape, needed in zip(((rows, D), (K, D), (K,)), needs, strict=True)
+        ]
+        dx, dw, db = grads
+        here.backend.affine_backward(
+            here.array(grad_output.reshape(rows, K)),
+            here.array(input.reshape(rows, D)),
+            here.array(weight.T),
+            None if dx is None else here.array(dx),
+            None if dw is None else here.array(dw.T),
+            None if db is None else here.array(db),
+        )
+    return [None if dx is None else dx.view(input.shape), dw, db]
+
+
+class _Affine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return _affine(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        input, weight = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return tuple(_affine_gradients(grad_output, input, weight, ctx.needs_input_grad))
+        g, x = (
+            grad_output.reshape(-1, weight.shape[0]),
+            input.reshape(-1, weight.shape[1]),
+        )  # to be differentiated again
+        parts = (lambda: grad_output @ weight), (lambda: g.T @ x), (lambda: g.sum(0))
+        return tuple(part() if needed else None for part, needed in zip(parts, ctx.needs_input_grad, strict=True))
+
+
+@torch.library.custom_op("swl::affine", mutates_args=())
+def _affine_operation(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _affine(input, weight, bias)
+
+
+@_affine_operation.register_fake
+def _(input: Any, weight: Any, bias: Any) -> Any:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("swl::affine_backward", mutates_args=())
+def _affine_operation_backward(grad_output: Tensor, input: Tensor, weight: Tensor, needs: list[bool]) -> list[Tensor]:
+    a, b, c = needs
+    return [t for t in _affine_gradients(grad_output, input, weight, (a, b, c)) if t is not None]
+
+
+@_affine_operation_backward.register_fake
+def _(grad_output: Any, input: Any, weight: Any, needs: Any) -> Any:
+    shapes = input.shape, weight.shape, weight.shape[:1]
+    return [input.new_empty(shape) for shape, needed in zip(shapes, needs, strict=True) if needed]
+
+
+def _affine_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _affine_backward(ctx: Any, grad_output: Tensor) -> Any:
+    needs = list(ctx.needs_input_grad)
+    grads = iter(_affine_operation_backward(grad_output, *ctx.saved_tensors, needs))
+    return tuple(next(grads) if needed else None for needed in needs)
+
+
+_affine_operation.register_autograd(_affine_backward, setup_context=_affine_setup)
+
+
+# ------------------------------------------------------------------------------------------------ the fused head
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    denominator: Tensor | float | None = None,
+    memory_budget: int = DEFAULT_BUDGET,
+) -> Tensor:
+    """Compute the cross-entropy of ``input·linear_weightᵀ + linear_bias`` without storing the logits.
+
+    `torch.nn.functional.linear_cross_entropy` on swl's kernels.
+
+    Parameters
+    ----------
+    input : Tensor, shape (D,) or (N, D)
+        Also (..., D), for targets ``(...)`` or ``(..., C)``.
+    linear_weight : Tensor, shape (C, D); or (C, d1, ..., dK, D), for which the logits are stored
+    target : Tensor
+        Class ids or probabilities, of the shapes that the logits ask for.
+    linear_bias : Tensor, shape (C,) or (C, d1, ..., dK), optional
+    weight, reduction, label_smoothing, sample_weight, z_loss, softcap, denominator
+        As in `cross_entropy`.
+    ignore_index : int, optional
+        For class ids only; -100 by default.
+    options : torch.nn.LinearCrossEntropyOptions, optional
+        Its ``batch_chunk_size``, if set, replaces `memory_budget` by that of so many rows of logits. Its other fields trade
+        accuracy or repeated backward for memory, and nothing is to be traded here.
+    memory_budget : int
+        Bytes of working memory, inputs and gradients not counted.
+
+    Returns
+    -------
+    Tensor
+        As `cross_entropy`, of the dtype of `input`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `affine` and `cross_entropy`.
+
+    Examples
+    --------
+    >>> import torch, swl.torch
+    >>> swl.torch.linear_cross_entropy(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]))
+    tensor(1.3863)
+    """
+    if linear_weight.ndim > 2:
+        return _positions(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+            sample_weight=sample_weight, z_loss=z_loss, softcap=softcap, denominator=denominator,
+        )  # fmt: skip
+    dtype_before = input.dtype
+    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    _check_affine(input, linear_weight, linear_bias, ("input", "linear_weight", "linear_bias"))
+    C, leading = linear_weight.shape[0], input.shape[:-1]
+    probabilities = target.shape == (*leading, C)
+    if probabilities and ignore_index is not None:
+        raise ValueError("ignore_index cannot be given with a target of probabilities")
+    setting = settings(reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap)
+    given = tensors(input, weight, sample_weight, denominator, reduction)
+    rows = math.prod(leading)
+    if target.shape not in (leading, (*leading, C)):
+        raise ValueError(
+            f"target must have shape {tuple(leading)} (class ids) or {(*leading, C)} (probabilities), "
+            f"got {tuple(target.shape)}"
+        )
+    if sample_weight is not None:
+        if sample_weight.shape != leading:
+            raise ValueError(f"sample_weight must have shape {tuple(leading)}, got {tuple(sample_weight.shape)}")
+        given = given._replace(sample_weight=sample_weight.reshape(rows))
+    x = input.reshape(rows, input.shape[-1])
+    t = target.reshape(rows, C) if probabilities else target.reshape(rows)
+    check(x.new_empty(()).expand(rows, C), t, given, setting)
+    dtype = torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype
+    if torch.is_autocast_enabled(input.device.type) and dtype_before is not torch.float64:
+        dtype = torch.float32
+    if options is not None and options.batch_chunk_size is not None:
+        size = 8 if input.dtype is torch.float64 else 4
+        memory_budget = size * (options.batch_chunk_size * C + 2 * x.shape[1] * min(C, 2048))
+    way = route(x, linear_weight, t, linear_bias, *given)
+    if way == "transformed":
+        loss = composed(_logits(x, linear_weight, linear_bias), t, given, setting, probabilities).to(dtype)
+    elif way == "traced":
+        loss = _operation(x, linear_weight, t, linear_bias, *given, *setting, memory_budget, dtype)[0]
+    elif torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, linear_weight, t, linear_bias)):
+        loss = _LinearCrossEntropy.apply(x, linear_weight, t, linear_bias, given, setting, memory_budget, dtype)
+    else:
+        head = _Head(x, linear_weight, t, linear_bias, given, setting, memory_budget)
+        with head.bridge.scope():
+            loss = head.reduce(head.linear.forward(), dtype)
+    return loss.view(leading) if setting.reduction == "none" else loss
+
+
+def _positions(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    **options: Any,
+) -> Tensor:
+    """Do a loss with a head of its own for every position: one product, and the logits stored."""
+    C, *positions, D = linear_weight.shape
+    if input.ndim != 2:
+        raise ValueError(f"input must have shape (N, {D}) for linear_weight of shape {tuple(linear_weight.shape)}")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise ValueError(f"linear_bias must have shape {(C, *positions)}, got {tuple(linear_bias.shape)}")
+    bias = None if linear_bias is None else linear_bias.reshape(-1)
+    logits = affine(input, linear_weight.reshape(-1, D), bias).view(input.shape[0], C, *positions)
+    if ignore_index is not None and target.shape == logits.shape:
+        raise ValueError("ignore_index cannot be given with a target of probabilities")
+    ignore_index = -100 if ignore_index is None else ignore_index
+    return cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        **options,
+    )
+
+
+def _logits(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """Form all logits, in the arithmetic's dtype and torch's own operations."""
+    acc = torch.float64 if x.dtype is torch.float64 else torch.float32
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x.to(acc), W.to(acc), None if b is None else b.to(acc))
+
+
+class _Head:
+    """The fused head's pass over tensors."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        given: Tensors,
+        setting: Settings,
+        memory_budget: int,
+    ) -> None:
+        here = self.bridge = bridge(x)
+        weight, sample_weight, denominator = (None if t is None else here.array(t) for t in given)
+        options = Options(
+            weight,
+            setting.ignore_index,
+            setting.reduction,
+            setting.label_smoothing,
+            sample_weight,
+            setting.z_loss,
+            setting.softcap or None,
+            denominator,
+        )
+        b = None if bias is None else here.array(bias)
+        self.linear = LinearPass.of(
+            here.backend, here.array(x), here.array(linear_weight.T), b, here.array(target), options, memory_budget
+        )
+        self.loss = Loss(here, self.linear.problem, x.shape[:1])
+
+    def reduce(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        return self.loss.reduce(rows.loss, dtype)
+
+    def gradients(
+        self, dout: Any, needs: tuple[bool, bool, bool], known: Rows | None
+    ) -> tuple[Rows, list[Tensor | None]]:
+        names = [name for name, needed in zip(("dx", "dW", "db"), needs, strict=True) if needed]
+        rows, (dx, dW, db) = self.linear.gradients(dout, names, known)
+        tensor = self.bridge.tensor
+        return rows, [None if g is None else tensor(g) for g in (dx, None if dW is None else dW.T, db)]
+
+    def target_gradient(self, rows: Rows, dout: Any, x: Tensor, W: Tensor, b: Tensor | None, o: Any) -> Tensor:
+        """Form the logits once more, all of them: this gradient is as large."""
+        given, setting = o
+        with torch.no_grad():
+            logits = _logits(x, W, b)
+            tensor = self.bridge.tensor
+            scale = tensor(self.linear.problem.row_scale(dout))
+            return target_gradient(logits, tensor(rows.row_max), tensor(rows.log_sum), scale, given.weight, setting)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """See the module's text."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        given: Tensors,
+        setting: Settings,
+        memory_budget: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        head = _Head(x, linear_weight, target, bias, given, setting, memory_budget)
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        with head.bridge.scope():
+            ctx.gradients = None
+            if setting.reduction != "none" and x.dtype is not torch.float16 and any(needs):
+                rows, ctx.gradients = head.gradients(1.0, needs, None)
+            else:
+                rows = head.linear.forward()
+            ctx.save_for_backward(x, linear_weight, target, bias)
+            ctx.head, ctx.rows, ctx.needs, ctx.options = head, rows, needs, (given, setting)
+            return head.reduce(rows, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return *_twice(ctx, grad_output), None, None, None, None
+        head, d_target = ctx.head, None
+        grads, ctx.gradients = ctx.gradients, None
+        with head.bridge.scope():
+            if grads is not None and (not head.bridge.on_host or grad_output.item() != 1.0):
+                for g in grads:
+                    if g is not None:
+                        g.mul_(grad_output)
+            x, W, target, bias = ctx.saved_tensors
+            dout = head.loss.dout(grad_output)
+            if grads is None:
+                grads = head.gradients(dout, ctx.needs, ctx.rows)[1] if any(ctx.needs) else [None] * 3
+            if ctx.needs_input_grad[2]:
+                d_target = head.target_gradient(ctx.rows, dout, x, W, bias, ctx.options).to(target.dtype)
+        dx, dW, db = grads
+        return dx, dW, d_target, db, None, None, None, None
+
+
+def _twice(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
+    """Compute gradients that can be differentiated again, which asks for torch's own operations."""
+    x, W, target, bias = saved = ctx.saved_tensors
+    logits = _logits(x, W, bias)
+    loss = composed(logits, target, *ctx.options, target.shape == logits.shape)
+    needs = ctx.needs_input_grad[:4]
+    wanted = [t for t, needed in zip(saved, needs, strict=True) if needed]
+    grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=True))
+    return [next(grads) if needed else None for needed in needs]
+
+
+@torch.library.custom_op("swl::linear_cross_entropy", mutates_args=())
+def _operation(
+    x: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    denominator: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    memory_budget: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    given = Tensors(weight, sample_weight, denominator)
+    setting = Settings(reduction, ignore_index, label_smoothing, z_loss, softcap)  # type: ignore[arg-type]
+    head = _Head(x, linear_weight, target, bias, given, setting, memory_budget)
+    with head.bridge.scope():
+        rows = head.linear.forward()
+        kept = head.bridge.backend.xp.stack((rows.row_max, rows.log_sum, rows.mass))
+        return head.reduce(rows, dtype), head.bridge.tensor(kept)
+
+
+@_operation.register_fake
+def _(x: Any, linear_weight: Any, target: Any, bias: Any, *options: Any) -> Any:
+    loss = x.new_empty(x.shape[:1] if options[3] == "none" else (), dtype=options[-1])
+    return loss, x.new_empty((3, x.shape[0]), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+
+
+@torch.library.custom_op("swl::linear_cross_entropy_backward", mutates_args=())
+def _operation_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    kept: Tensor,
+    needs: list[bool],
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    denominator: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    memory_budget: int,
+) -> list[Tensor]:
+    given = Tensors(weight, sample_weight, denominator)
+    setting = Settings(reduction, ignore_index, label_smoothing, z_loss, softcap)  # type: ignore[arg-type]
+    head = _Head(x, linear_weight, target, bias, given, setting, memory_budget)
+    with head.bridge.scope():
+        row_max, log_sum, mass = head.bridge.array(kept)
+        rows, dout = Rows(row_max, row_max, log_sum, row_max, mass), head.loss.dout(grad_output)
+        d_x, d_weight, d_target, d_bias = needs
+        out: list[Tensor | None] = [None] * 4
+        if d_x or d_weight or d_bias:
+            out[0], out[1], out[3] = head.gradients(dout, (d_x, d_weight, d_bias), rows)[1]
+        if d_target:
+            d = head.target_gradient(rows, dout, x, linear_weight, bias, (given, setting))
+            out[2] = d.to(target.dtype)
+    return [t.contiguous() for t in out if t is not None]
+
+
+@_operation_backward.register_fake
+def _(
+    grad_output: Any, x: Any, linear_weight: Any, target: Any, bias: Any, kept: Any, needs: Any, *options: Any
+) -> Any:
+    like = (x, linear_weight, target, bias)
+    return [x.new_empty(t.shape, dtype=t.dtype) for t, needed in zip(like, needs, strict=True) if needed]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1], *inputs[4:7])
+    ctx.setting = inputs[7:13]
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:4])
+    x, W, target, bias, kept, *options = ctx.saved_tensors
+    grads = iter(_operation_backward(grad_loss, x, W, target, bias, kept, needs, *options, *ctx.setting))
+    return *(next(grads) if needed else None for needed in needs), *(None,) * 10
+
+
+_operation.register_autograd(_backward, setup_context=_setup_context)
