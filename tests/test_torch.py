@@ -132,6 +132,7 @@ def test_gradcheck(reduction: str) -> None:
     assert torch.autograd.gradcheck(lambda x: swl.torch.cross_entropy(x, IDS, denominator=3.0), (x,))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by forward mode, at its first use
 def test_transforms_and_forward_mode() -> None:
     x, t, W = torch.randn(3, 6, 5), torch.randint(0, 5, (3, 6)), torch.randn(5, 5)
     ours, theirs = swl.torch.cross_entropy, F.cross_entropy
