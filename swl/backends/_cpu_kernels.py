@@ -48,7 +48,7 @@ from swl.backends._simd import (
 )
 from swl.targets import IGNORED
 
-BLOCK = 8192
+BLOCK = 4096
 """Classes between two looks at the running maximum (docs/performance.md)."""
 
 FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
@@ -130,11 +130,30 @@ def _exp(x: Any) -> Any:
     return first_lane(exp_nonpositive(splat(x)))
 
 
+class _Late(NamedTuple):
+    """A row without extras whose gradient is still to be written."""
+
+    out: Any
+    exps: Any
+    factors: Any
+    scale: Any
+
+
 @njit(**_inner)
-def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any) -> Any:
+def _write(late: _Late, k: Any, begin: int, end: int, low: Any) -> None:
+    """Write the gradient of the classes ``[begin, end)`` of one block, the target class's part left out."""
+    for j in range(begin, end, lanes(low)):
+        g = fma(k, load(late.exps, j, low), splat(scalar(low, 0))) * late.scale
+        store_tail(late.out, j, min(lanes(low), end - j), g)
+
+
+@njit(**_inner)
+def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any, late: Any) -> Any:
     """M, S and the dense part's d and A; a block at a time, all relative to the maximum so far.
 
     Unless they are None, `exps` gets exp(z − base) of each class, in units of `exp_unit`, and `bases` each block's base.
+    Unless `late` is None, that row's gradient is written, a vector for each one summed here: memory takes the stores while the
+    exponentials keep the arithmetic busy.
     """
     zero = scalar(low, 0)
     step = lanes(low)
@@ -157,7 +176,19 @@ def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any) -> Any:
         if exps is not None:
             bases[start // BLOCK] = base
         sums = splat(zero), splat(zero), splat(zero)
-        for j in range(start, full, step):
+        done = start
+        if late is not None:
+            k = splat(late.factors[start // BLOCK])
+            lead = to_line(late.out, start)
+            done = max(start, full - step)
+            for j in range(start, done, step):
+                prefetch(row, j + BLOCK, low)
+                sums = _add_up(row, extras, j, None, low, splat(base), exps, sums)
+                g = fma(k, load(late.exps, j + lead, low), splat(zero)) * late.scale
+                store_stream(late.out, j + lead, g)
+            _write(late, k, start, min(start + lead, stop), low)
+            _write(late, k, done + lead, stop, low)
+        for j in range(done, full, step):
             prefetch(row, j + BLOCK, low)
             sums = _add_up(row, extras, j, None, low, splat(base), exps, sums)
         if full < stop:
@@ -186,28 +217,35 @@ def _gradient(row: Any, extras: Any, j: int, stop: Any, low: Any, exps: Any, pul
 
 
 @njit(**_inner)
-def _backward(
-    row: Any, out: Any, extras: Any, low: Any, exps: Any, bases: Any, M: Any, S: Any, pull: Any, scale: Any,
-    hit: int, y_hit: Any, stream: bool,
-) -> None:  # fmt: skip
-    """Write the gradient of a row from what `_forward` left; `out` may be `row` itself.
+def _weigh(bases: Any, C: int, M: Any, S: Any, pull: Any) -> None:
+    """Turn each block's base into pull·exp(base − M − S), in units of `exp_unit`: times exp(z − base) it is pull·p."""
+    for i in range((C + BLOCK - 1) // BLOCK):
+        bases[i] = pull * exp_unit(pull) * _exp(bases[i] - M - S)
 
-    p = exp(z − M − S) = exp(z − base)·exp(base − M − S); `bases` ends as pull times the second factor, one number a block.
-    """
+
+@njit(**_inner)
+def _target_vector(row: Any, extras: Any, low: Any, exps: Any, factors: Any, scale: Any, hit: int, y_hit: Any) -> Any:
+    """Compute the gradient of the vector in which the target class stands."""
+    at = hit - hit % lanes(low)
+    end = min(at + lanes(low), row.size)
+    hot = set_lane(splat(scalar(low, 0)), hit - at, -y_hit)
+    return _gradient(row, extras, at, end, low, exps, splat(factors[at // BLOCK]), splat(scale), hot)
+
+
+@njit(**_inner)
+def _backward(
+    row: Any, out: Any, extras: Any, low: Any, exps: Any, factors: Any, scale: Any, hit: int, y_hit: Any, stream: bool
+) -> None:
+    """Write the gradient of a row from what `_forward` and `_weigh` left; `out` may be `row` itself."""
     step = lanes(low)
     C = row.size
     c, zero = splat(scale), splat(scalar(low, 0))
-    for i in range((C + BLOCK - 1) // BLOCK):
-        bases[i] = pull * exp_unit(low) * _exp(bases[i] - M - S)
-    at = hit - hit % step  # the vector of the target class
-    end = min(at + step, C)
     g_hit = zero
     if hit >= 0:  # before the row is written over
-        hot = set_lane(zero, hit - at, -y_hit)
-        g_hit = _gradient(row, extras, at, end, low, exps, splat(bases[at // BLOCK]), c, hot)
+        g_hit = _target_vector(row, extras, low, exps, factors, scale, hit, y_hit)
     for start in range(0, C, BLOCK):
         stop = min(start + BLOCK, C)
-        k = splat(bases[start // BLOCK])
+        k = splat(factors[start // BLOCK])
         begin = start
         if stream:
             begin = min(start + to_line(out, start), stop)
@@ -225,7 +263,8 @@ def _backward(
             g = _gradient(row, extras, full, stop, low, exps, k, c, zero)
             store_tail(out, full, stop - full, g)
     if hit >= 0:
-        store_tail(out, at, end - at, g_hit)
+        at = hit - hit % step
+        store_tail(out, at, min(step, C - at), g_hit)
 
 
 @njit(**_inner)
@@ -259,9 +298,9 @@ def _statistics(row: Any, extras: Any, low: Any, M: Any, S: Any) -> Any:
 def _sweep(
     logits: Any, out: Any, first: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
     row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
-    first_class: int, flags: int, exps: Any, bases: Any,
+    first_class: int, flags: int, exps: Any, all_bases: Any,
 ) -> None:  # fmt: skip
-    """Do what `sweep` does, with room for one row's exponentials and its blocks' bases."""
+    """Do what `sweep` does, with room for two rows' exponentials and their blocks' bases."""
     C = logits.shape[1]
     of_ids = ids.size > 0
     zero = rows.dtype.type(0.0)
@@ -271,10 +310,12 @@ def _sweep(
     scale_step = 1 if row_scale.size > 1 else 0
     stream = flags & STREAM != 0
     w, b = whole(weight), whole(bias)
-    e = whole(exps)
+    late = plain and stream  # each gradient is written during the next row's forward pass
+    waiting, last, last_hit, last_y, last_scale = False, 0, -1, zero, zero
     for i in range(logits.shape[0]):
         n = first + i
-        row = row_of(logits, i)
+        slot = i % 2 if late else 0
+        row, e, bases = row_of(logits, i), row_of(exps, slot), all_bases[slot]
         q = row_of(probs, 0 if of_ids else i)
         extras = _Extras(dense, q, w, b, scalar(zero, hot), scalar(zero, rest), scalar(zero, softcap))
         hit = -1  # the column of the target class, where it is one of ours
@@ -296,11 +337,19 @@ def _sweep(
                 continue
 
         if not plain:
-            M, S, d, A = _forward(row, extras, low, e, bases)
+            M, S, d, A = _forward(row, extras, low, e, bases, None)
+        elif waiting:
+            behind = _Late(row_of(out, last), row_of(exps, last % 2), all_bases[last % 2], splat(last_scale))
+            M, S, d, A = _forward(row, None, low, e, bases, behind)
+            if last_hit >= 0:
+                g = _target_vector(row, None, low, behind.exps, behind.factors, last_scale, last_hit, last_y)
+                at = last_hit - last_hit % lanes(low)
+                store_tail(behind.out, at, min(lanes(low), C - at), g)
+            waiting = False
         elif flags & BACKWARD:
-            M, S, d, A = _forward(row, None, low, e, bases)
+            M, S, d, A = _forward(row, None, low, e, bases, None)
         else:
-            M, S, d, A = _forward(row, None, low, None, None)
+            M, S, d, A = _forward(row, None, low, None, None, None)
         if flags & FORWARD:
             if of_ids and not weight.size:
                 A = scalar(zero, rest * C + (hot if hit >= 0 else 0.0))  # exactly 1 over all classes
@@ -330,10 +379,13 @@ def _sweep(
             M, S, A = rows[ROW_MAX, n], rows[LOG_SUM, n], rows[MASS, n]
             pull = A + (scalar(zero, 2) * lam * m * (M + S) if lam > 0 else zero)
             scale = row_scale[n * scale_step]
-            if plain:
-                _backward(row, row_of(out, i), None, low, e, bases, M, S, pull, scale, hit, y_hit, stream)
+            _weigh(bases, C, M, S, pull)
+            if late and i + 1 < logits.shape[0] and (not of_ids or ids[n + 1] != IGNORED):
+                waiting, last, last_hit, last_y, last_scale = True, i, hit, y_hit, scale
+            elif plain:
+                _backward(row, row_of(out, i), None, low, e, bases, scale, hit, y_hit, stream)
             else:
-                _backward(row, row_of(out, i), extras, low, e, bases, M, S, pull, scale, hit, y_hit, stream)
+                _backward(row, row_of(out, i), extras, low, e, bases, scale, hit, y_hit, stream)
 
 
 @njit(**_kernel)
@@ -347,7 +399,7 @@ def sweep(
     `logits`, `out` and `probs` hold just these rows, C-ordered and of the arithmetic's dtype; everything else is whole.
     """
     room = logits.shape[1] + lanes(rows.dtype.type(0))
-    exps, bases = np.empty(room, rows.dtype), np.empty(1 + room // BLOCK, rows.dtype)
+    exps, bases = np.empty((2, room), rows.dtype), np.empty((2, 1 + room // BLOCK), rows.dtype)
     _sweep(
         logits, out, first, ids, probs, weight, row_weight, bias, row_scale, rows, argmax, hot, rest, softcap, z_loss,
         first_class, flags, exps, bases,
