@@ -1,4 +1,4 @@
-"""The command ``swl``: ``swl train`` and ``swl info``."""
+"""The command ``swl``: ``swl train``, ``swl plan`` and ``swl info``."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ import numpy as np
 
 import swl
 from swl import data as datasets
-from swl import distributed
+from swl import distributed, text
 from swl import train as training
 from swl.backends import active, get
+from swl.distributed import cost
 from swl.distributed.comm import launched
+from swl.fused import DEFAULT_BUDGET
 from swl.gradcheck import GradientReport
 from swl.train import Settings
 
@@ -33,7 +35,9 @@ class _Refused(Exception):  # noqa: N818 - it never leaves this module
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    of_text = arguments[:2] == ["train", "text"]  # a command of its own, with options of its own
+    options = _text_parser().parse_args(arguments[2:]) if of_text else _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except (_Refused, swl.BackendUnavailable) as error:
@@ -54,11 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, backends and why each is or is not usable", allow_abbrev=False)
     info.set_defaults(run=_info)
 
+    _add_plan(commands)
+
     defaults = Settings()
     train = commands.add_parser(
         "train",
-        help="train a classifier",
+        help="train a classifier; `swl train text`: a language model",
         description="Train Affine, ReLU, Affine, SoftmaxWithLoss; the last line printed is the test accuracy.",
+        epilog="`swl train text` trains a language model with the fused head; see `swl train text --help`.",
         allow_abbrev=False,
     )
     what = train.add_mutually_exclusive_group(required=True)
@@ -123,6 +130,37 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--save", type=Path, metavar="FILE", help="save the parameters, as .npz")
     train.set_defaults(run=_train)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what a step of a head over many ranks costs",
+        description="Print memory, work, bytes and time per rank of a step of ClassParallelHead (docs/scale.md).",
+        allow_abbrev=False,
+    )
+    for name, what in (("rows", "rows of the whole batch"), ("inputs", "inputs of the head"), ("classes", "classes")):
+        plan.add_argument(f"--{name}", type=_at_least(int, 1), required=True, metavar="N", help=what)
+    plan.add_argument("--ranks", type=_at_least(int, 1), metavar="N", help="ranks in all; by default those of mpiexec")
+    plan.add_argument(
+        "--class-parallel", type=_at_least(int, 1), metavar="N", help="ranks that share the classes; by default all"
+    )
+    plan.add_argument(
+        "--memory-budget",
+        type=_at_least(int, 1),
+        default=DEFAULT_BUDGET,
+        metavar="BYTES",
+        help="working memory of a rank (%(default)s)",
+    )
+    for name, unit in (
+        ("flops", "flop/s of the products of a rank"),
+        ("logits", "logits/s that a rank turns into losses and gradients"),
+        ("bandwidth", "bytes/s that a rank sends in a collective"),
+        ("latency", "seconds of an empty collective"),
+    ):
+        plan.add_argument(f"--{name}", type=_at_least(float, 0), metavar="X", help=f"{unit}; measured if not given")
+    plan.add_argument("--measure", action="store_true", help="also run the step, on the ranks of mpiexec")
+    plan.set_defaults(run=_plan)
 
 
 def _at_least(number: type[int] | type[float], low: float) -> Callable[[str], float]:
@@ -247,6 +285,121 @@ def _run_training(
         print(f"parameters in {options.save}")
     print(f"test accuracy {result.test_accuracy:.4f}")
     return 0
+
+
+# ------------------------------------------------------------------------------------------------ swl plan
+
+
+def _plan(options: argparse.Namespace) -> int:
+    with distributed.run() as comm:
+        ranks = options.ranks or comm.size
+        step = cost.Step(
+            options.rows,
+            options.inputs,
+            options.classes,
+            ranks,
+            options.class_parallel or ranks,
+            options.memory_budget,
+        )
+        given = {name: getattr(options, name) for name in cost.Machine._fields}
+        refusal = None
+        if step.ranks % step.class_parallel:
+            refusal = f"--class-parallel must divide --ranks, {step.ranks}, got {step.class_parallel}"
+        elif options.measure and (step.ranks, step.class_parallel) != (comm.size, comm.size):
+            refusal = f"--measure needs all classes spread over the {comm.size} ranks there are, got {step.ranks} ranks"
+        elif any(value == 0 for name, value in given.items() if name != "latency"):
+            refusal = "--flops, --logits and --bandwidth must be above 0"
+        if refusal is not None:
+            if comm.rank == 0:
+                print(f"swl: {refusal}", file=sys.stderr)
+            return 2
+        measured = cost.measure(comm, step) if options.measure else None  # first: what it needs is not yet there
+        missing = [name for name, value in given.items() if value is None]
+        machine = cost.calibrate(comm) if missing else cost.Machine(**given)
+        machine = machine._replace(**{name: value for name, value in given.items() if value is not None})
+        if comm.rank:
+            return 0
+        print(f"ClassParallelHead: {step.N:,} rows, {step.D:,} inputs, {step.C:,} classes")
+        print(f"  {step.ranks} ranks: rows over {step.groups}, classes over {step.class_parallel}")
+        for name, value in step.table(machine):
+            print(f"  {name:<16}{value}")
+        print(
+            f"  {'a rank does':<16}{machine.flops:.3g} flop/s, {machine.logits:.3g} logits/s, "
+            f"{machine.bandwidth:.3g} B/s, {machine.latency:.2g} s per collective"
+            + (f"; measured on {comm.size} ranks here: {', '.join(missing)}" if missing else "")
+        )
+        if measured is not None:
+            print(f"  {'measured time':<16}{measured.seconds * 1e3:,.3g} ms")
+            if measured.memory:
+                ratio = measured.memory / step.memory
+                print(f"  {'measured memory':<16}{measured.memory / 2**20:,.1f} MiB, {ratio:.2f} of the plan")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ swl train text
+
+
+def _text_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="swl train text",
+        description="Train a next-word model on Python's own documentation: once with the fused head and once with the "
+        "unfused one, each in a process of its own, so that their peak memory can be compared.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--head", choices=["both", "fused", "unfused"], default="both", help="which to train with")
+    parser.add_argument("--unfused", action="store_const", const="unfused", dest="head", help="as --head unfused")
+    parser.add_argument("--backend", metavar="NAME", help="one of those that `swl info` lists")
+    defaults = text.Settings()._asdict()
+    for name, kind, least, meaning in (
+        ("hidden", int, 1, "units of the hidden layer"),
+        ("epochs", int, 1, "passes over the training words"),
+        ("batch_size", int, 1, "words per step"),
+        ("lr", float, 0, "learning rate at the start"),
+        ("seed", int, 0, "of initial weights and order of words"),
+        ("embedding", int, 1, "numbers by which a word is represented"),
+        ("context", int, 2, "words from which the next one is predicted"),
+        ("memory_budget", int, 1, "bytes of working memory of the fused head"),
+    ):
+        flag, check = f"--{name.replace('_', '-')}", _at_least(kind, least)
+        parser.add_argument(flag, type=check, default=defaults[name], metavar="N", help=meaning)
+    parser.add_argument("--dtype", choices=["float64", "float32"], default=defaults["dtype"], help="of the parameters")
+    parser.add_argument("--limit", type=_at_least(int, 1), metavar="N", help="use only about the first N words")
+    parser.set_defaults(run=_train_text)
+    return parser
+
+
+def _train_text(options: argparse.Namespace) -> int:
+    settings = text.Settings(*(getattr(options, name) for name in text.Settings._fields))
+    heads = ("fused", "unfused") if options.head == "both" else (options.head,)
+    backend = options.backend or active()
+    results = {}
+    try:
+        get(backend)
+        datasets.require("tqdm", "the progress bar of swl train")
+        words = text.corpus(text.documents(), options.limit)
+        sizes = f"{len(words.train):,} words to train on, {len(words.held_out):,} held out"
+        print(f"backend {backend}, {settings.dtype}; text: {sizes}, {len(words.vocabulary):,} distinct", flush=True)
+        for head in heads:
+            results[head] = found = text.train_apart(words, settings, head, backend)
+            print(
+                f"{head:<8}perplexity {found.perplexity:.2f}  {found.tokens_per_second:,.0f} tokens/s  "
+                f"peak memory {_mib(found.peak)}, {_mib(found.before)} of it before the first step",
+                flush=True,
+            )
+    except ValueError as error:  # no such backend, or no such data
+        raise _Refused(str(error)) from None
+    if len(results) == 2:
+        logits = settings.batch_size * len(words.vocabulary) * np.dtype(settings.dtype).itemsize
+        peaks = " and ".join(f"{_mib(found.peak)} {head}" for head, found in results.items())
+        print(f"peak memory {peaks}; the logits of a batch are {_mib(logits)}")
+    unigram = text.unigram_perplexity(words, settings.context)
+    print(f"test perplexity {results[heads[0]].perplexity:.1f}, of the unigram baseline {unigram:.1f}")
+    return 0
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:.0f} MiB"
 
 
 # ------------------------------------------------------------------------------------------------ swl info

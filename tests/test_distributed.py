@@ -213,6 +213,36 @@ def test_ranks_that_cannot_be_arranged_are_refused_once() -> None:
     assert err.splitlines() == ["swl: class_parallel must divide the number of ranks, 3, got 2"]
 
 
+# ------------------------------------------------------------------------------------------------ swl plan
+
+
+def test_a_million_classes_on_four_ranks_need_a_quarter_each() -> None:
+    """A quarter of W and of its gradient, and the budget: within 10 % of it at the peak."""
+    sizes = ("--rows", "256", "--inputs", "64", "--classes", "1000000", "--measure")
+    machine = ("--flops", "1e10", "--logits", "1e8", "--bandwidth", "1e9", "--latency", "1e-5")
+    out = on(4, *SWL, "plan", *sizes, *machine, SWL_BACKEND="numba")
+    planned, measured = (float(re.search(rf"{name} +([\d.,]+) MiB", out)[1]) for name in ("memory", "measured memory"))
+    quarter = 250_000 * 64 * 4 / 2**20
+    assert planned == pytest.approx(2 * quarter + 256 * 250_000 * 4 / 2**20, rel=0.01)
+    assert 0.9 < measured / planned < 1.1
+
+
+def test_plan_measures_what_it_is_not_told() -> None:
+    out = on(2, *SWL, "plan", "--rows", "64", "--inputs", "16", "--classes", "5000", "--latency", "0")
+    assert "measured on 2 ranks here: flops, logits, bandwidth\n" in out
+    time, *parts = map(float, re.findall(r"[\d.]+(?:e-?\d+)?", re.search("time +(.*)", out)[1]))
+    assert time == pytest.approx(sum(parts), rel=0.01)
+    assert min(parts[:3]) > 0
+
+
+def test_plans_that_cannot_be_are_refused() -> None:
+    command = [sys.executable, *SWL, "plan", "--rows", "8", "--inputs", "2", "--classes", "4", "--ranks", "4"]
+    for more, words in ((["--class-parallel", "3"], "must divide"), (["--measure"], "1 ranks there are")):
+        done = subprocess.run([*command, *more], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert words in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------ one process
 
 
