@@ -115,7 +115,10 @@ class _Gradient(NamedTuple):
         if out.size and any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
             raise ValueError(f"out must have a place for every element, got strides {out.strides}")
         xp, target = backend.xp, p.target
-        overlap = np.shares_memory if xp is np else xp.may_share_memory  # the exact answer would wait for a device
+
+        def overlap(a: Any, b: Any) -> bool:  # the exact answer takes long, and on a device would wait for it
+            return bool(xp.may_share_memory(a, b)) and (xp is not np or np.shares_memory(a, b))
+
         same = out is logits or (out.strides == logits.strides and _address(out) == _address(logits))
         if not same and overlap(out, logits):
             raise ValueError("out overlaps logits without being the same array")
