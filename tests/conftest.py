@@ -23,7 +23,7 @@ IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 hypothesis.settings.register_profile(
     "swl",
-    max_examples=50,
+    max_examples=100,
     deadline=None,  # the first example of a dtype compiles its kernels
     derandomize=IN_CI,
     print_blob=True,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import CONTIGUOUS, FLOATS, INTEGERS, LAYOUTS, PROBABILITIES, Case, acc_dtype, cases, place
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_close
 
@@ -35,6 +35,7 @@ def check(backend: Any, case: Case, loss: Any, grad: Any, stats: Any = None) -> 
         np.testing.assert_array_equal(argmax, want.argmax)
 
 
+@settings(max_examples=300)
 @given(case=cases())
 def test_loss_gradient_and_stats_agree_with_the_oracle(backend: Any, case: Case) -> None:
     logits, target, options, dout = case.on(backend)
