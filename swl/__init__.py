@@ -19,7 +19,7 @@ from swl.functional import (
 )
 from swl.fused import Plan, plan
 from swl.gradcheck import check_gradients, numerical_gradient
-from swl.layers import Affine, AffineSoftmaxWithLoss, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
+from swl.layers import Affine, AffineSoftmaxWithLoss, Embedding, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
 from swl.optim import SGD, AdamW
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "Affine",
     "AffineSoftmaxWithLoss",
     "BackendUnavailable",
+    "Embedding",
     "Plan",
     "ReLU",
     "Relu",

@@ -38,7 +38,7 @@ class Forbidden(AssertionError):  # noqa: N818 - reads as what it says
 # ------------------------------------------------------------------------------------------------ waiting
 
 _OUTSIDE = ("swl.cli", "swl.train", "swl.gradcheck", "swl.distributed")  # may look at results, as a user may
-_MAY_WAIT = frozenset(("check", "info", "state_dict", "_number"))  # the last puts values into error messages
+_MAY_WAIT = frozenset(("check", "info", "state_dict", "perplexity", "_number"))  # the last puts values into error messages
 
 
 def _caller_in_swl(but: frozenset[str]) -> str | None:
@@ -469,7 +469,19 @@ def take_along_axis(a: ndarray, indices: ndarray, axis: int) -> ndarray:
     return _new(np.take_along_axis(a._host, indices._host, axis), a._device)
 
 
-def argsort(a: ndarray, axis: int = -1) -> ndarray:
+class add:  # noqa: N801 - CuPy's name
+    @staticmethod
+    def reduceat(array: ndarray, indices: ndarray, axis: int = 0) -> ndarray:
+        return _new(np.add.reduceat(array._host, indices._host, axis=axis), array._device)
+
+
+def searchsorted(a: ndarray, v: ndarray) -> ndarray:
+    return _new(np.searchsorted(a._host, v._host), a._device)
+
+
+def argsort(a: ndarray, axis: int = -1, kind: str | None = None) -> ndarray:
+    if kind not in (None, "stable"):
+        raise ValueError("kind can only be None or 'stable'")
     return _new(np.argsort(a._host, axis=axis, kind="stable"), a._device)  # CuPy's default, and its only kind
 
 

@@ -1,0 +1,289 @@
+"""A small language model on the English text that comes with Python, as `swl train text` trains it.
+
+The next word is predicted from the ones before it: their embeddings, an Affine, a ReLU, and a head whose classes are all
+the words that there are. So nearly all memory is in the logits, which the fused head never stores.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import swl
+from swl.data import DataError
+
+__all__ = ["Corpus", "Result", "Settings", "corpus", "documents", "train", "train_apart", "unigram_perplexity"]
+
+END = "<end>"
+"""The word after each document."""
+HELD_OUT = 10
+"""Every tenth document is kept for the test."""
+_WORD = re.compile(r"\w+|[^\w\s]")
+_TESTS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
+
+
+class Corpus(NamedTuple):
+    """Text as numbers."""
+
+    vocabulary: list[str]
+    """All distinct words, in the order of their characters."""
+    train: Any
+    """Ids of the words of the documents to train on, int32."""
+    held_out: Any
+    """Ids of the words of the documents to test on."""
+
+
+class Settings(NamedTuple):
+    """How to train."""
+
+    hidden: int = 64
+    epochs: int = 1
+    batch_size: int = 4096
+    lr: float = 1e-2
+    seed: int = 0
+    dtype: str = "float32"
+    embedding: int = 32
+    context: int = 4
+    """Words from which the next one is predicted."""
+    memory_budget: int = 32 * 2**20
+    """Bytes, of the fused head."""
+
+
+class Result(NamedTuple):
+    """What a run leaves."""
+
+    perplexity: float
+    """exp of the mean loss over the held-out words."""
+    tokens_per_second: float
+    peak: int
+    """Most bytes of memory that the process ever held."""
+    before: int
+    """Those held before the first step: Python, libraries, corpus, parameters."""
+
+
+# ------------------------------------------------------------------------------------------------ the corpus
+
+
+def documents() -> Iterator[str]:
+    """Give Python's help topics, then every docstring of the standard library's sources, each once.
+
+    Sources are parsed, never imported; the order is that of their names.
+
+    Raises
+    ------
+    DataError
+        If this Python comes without the sources of its library.
+    """
+    topics = importlib.import_module("pydoc_data.topics").topics
+    root, seen, files = Path(sysconfig.get_path("stdlib")), set(topics.values()), 0
+    yield from dict.fromkeys(topics[name] for name in sorted(topics))
+    for path in sorted(root.rglob("*.py")):
+        if _TESTS.isdisjoint(path.relative_to(root).parts):
+            files += 1
+            for text in _docstrings(path):
+                if text not in seen:
+                    seen.add(text)
+                    yield text
+    if not files:
+        raise DataError(
+            f"swl train text reads the docstrings of Python's library, of which there are no sources in {root}"
+        )
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what its authors wrote
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # a template, or another Python's
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+def corpus(texts: Iterable[str], limit: int | None = None) -> Corpus:
+    """Cut texts into words and signs, number them, and keep every tenth text for the test.
+
+    Parameters
+    ----------
+    texts : iterable of str
+    limit : int, optional
+        Use no more than the texts with which the words become this many.
+
+    Raises
+    ------
+    DataError
+        If there are fewer than ten texts.
+    """
+    parts: tuple[list[str], list[str]] = [], []
+    number = -1
+    for number, text in enumerate(texts):
+        parts[number % HELD_OUT == HELD_OUT - 1].extend((*_WORD.findall(text), END))
+        if limit is not None and len(parts[0]) + len(parts[1]) >= limit and parts[1]:
+            break
+    if not parts[1]:
+        raise DataError(f"a corpus needs at least {HELD_OUT} texts, got {number + 1}")
+    vocabulary = sorted(set(itertools.chain(*parts)))
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    return Corpus(vocabulary, *(np.array([ids[word] for word in part], np.int32) for part in parts))
+
+
+def unigram_perplexity(text: Corpus, context: int) -> float:
+    """Compute the held-out perplexity of the words' frequencies in training, with one added to each count."""
+    counts = np.bincount(text.train, minlength=len(text.vocabulary)) + 1.0
+    return float(np.exp(-np.log(counts / counts.sum())[text.held_out[context:]].mean()))
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def build(n_words: int, settings: Settings, head: str) -> swl.Sequential:
+    """Make Embedding → Affine → ReLU → head on the active backend; both heads start with the same numbers."""
+    rng = np.random.default_rng(settings.seed)
+    body = (
+        swl.Embedding.init(n_words, settings.embedding, rng=rng, dtype=settings.dtype),
+        swl.Affine.init(settings.context * settings.embedding, settings.hidden, rng=rng, dtype=settings.dtype),
+        swl.ReLU(),
+    )
+    last = swl.Affine.init(settings.hidden, n_words, rng=rng, dtype=settings.dtype)
+    last.W *= 0.1  # scores start near 0, so the loss at log C
+    if head == "unfused":
+        return swl.Sequential(*body, last, swl.SoftmaxWithLoss())
+    return swl.Sequential(*body, swl.AffineSoftmaxWithLoss(last.W, last.b, memory_budget=settings.memory_budget))
+
+
+def windows(ids: Any, context: int) -> tuple[Any, Any]:
+    """Give the words before each word (n, context), and that word (n,)."""
+    view = np.lib.stride_tricks.sliding_window_view(ids, context + 1)
+    return view[:, :-1], view[:, -1]
+
+
+def train(
+    train_ids: Any,
+    held_out: Any,
+    n_words: int,
+    settings: Settings,
+    head: str = "fused",
+    on_step: Callable[[Any], None] = lambda loss: None,
+) -> Result:
+    """Train with AdamW and a learning rate that falls to 0 along a cosine, then test on the held-out words.
+
+    Parameters
+    ----------
+    train_ids, held_out : arrays of int, shape (n,)
+    n_words : int
+        Classes.
+    settings : Settings
+    head : {"fused", "unfused"}
+    on_step : callable
+        Told the loss of each step, a 0-d array of the backend.
+    """
+    net = build(n_words, settings, head)
+    parameters, optimizer = net.parameters(), swl.AdamW(settings.lr)
+    x, t = windows(train_ids, settings.context)
+    rows, size = len(x), settings.batch_size
+    steps = settings.epochs * math.ceil(rows / size)
+    rng, step, before = np.random.default_rng(settings.seed), 0, peak_memory()
+    begin = time.perf_counter()
+    for _ in range(settings.epochs):
+        order = rng.permutation(rows)
+        for start in range(0, rows, size):
+            batch = order[start : start + size]
+            optimizer.lr = settings.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            loss, _ = net.forward_backward(swl.asarray(x[batch]), swl.asarray(t[batch]))
+            optimizer.update(parameters, net.gradients())
+            step += 1
+            on_step(loss)
+    seconds = time.perf_counter() - begin
+    return Result(perplexity(net, held_out, settings), settings.epochs * rows / seconds, peak_memory(), before)
+
+
+def perplexity(net: swl.Sequential, ids: Any, settings: Settings) -> float:
+    """Compute exp of the mean loss over all words that have enough words before them."""
+    x, t = windows(ids, settings.context)
+    total: Any = 0.0
+    for start in range(0, len(x), settings.batch_size):
+        rows = slice(start, start + settings.batch_size)
+        total = total + net.forward(swl.asarray(x[rows]), swl.asarray(t[rows])) * len(t[rows])
+    return math.exp(float(total) / len(t))
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process ever held.
+
+    On Linux it is VmHWM: the ``ru_maxrss`` of a process counts the one that started it, too.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
+    resource = importlib.import_module("resource")
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+# ------------------------------------------------------------------------------------------------ a process of its own
+
+
+def train_apart(text: Corpus, settings: Settings, head: str, backend: str) -> Result:
+    """Run `train` in a process of its own, whose peak memory is that of the training alone; the bar goes to stderr.
+
+    Raises
+    ------
+    DataError
+        If the process failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "corpus.npz"
+        np.savez(path, train=text.train, held_out=text.held_out)
+        job = {
+            "path": str(path),
+            "n_words": len(text.vocabulary),
+            "settings": settings,
+            "head": head,
+            "backend": backend,
+        }
+        run = subprocess.run([sys.executable, "-m", "swl.text", json.dumps(job)], stdout=subprocess.PIPE, text=True)
+    if run.returncode:
+        raise DataError(f"training with the {head} head failed with status {run.returncode}")
+    return Result(**json.loads(run.stdout))
+
+
+def _child(job: dict[str, Any]) -> None:
+    from tqdm import tqdm
+
+    settings = Settings(*job["settings"])
+    with np.load(job["path"]) as file:
+        train_ids, held_out = file["train"], file["held_out"]
+    steps = settings.epochs * math.ceil((len(train_ids) - settings.context) / settings.batch_size)
+    with swl.use_backend(job["backend"]), tqdm(total=steps, unit="step", leave=False, desc=job["head"]) as bar:
+
+        def on_step(loss: Any) -> None:
+            if bar.n % 10 == 0:  # a device is waited for only now and then
+                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+            bar.update()
+
+        result = train(train_ids, held_out, job["n_words"], settings, job["head"], on_step)
+    print(json.dumps(result._asdict()))
+
+
+if __name__ == "__main__":
+    _child(json.loads(sys.argv[1]))
