@@ -399,9 +399,10 @@ class ClassParallelHead(Layer):
 
         Returns
         -------
-        scores : NumPy array, shape (..., k), falling
-        classes : NumPy int64 array, shape (..., k)
-            Of equal scores the smaller id comes first; a NaN ranks as +inf.
+        ids : NumPy int64 array, shape (..., k)
+            The class with the largest score first, the lower id first among equal scores; a NaN ranks as +inf.
+        scores : NumPy array, shape (..., k)
+            As `predict` gives them, before softcap and softmax.
         """
         done: AffinePass | None = None
 
@@ -420,23 +421,21 @@ class ClassParallelHead(Layer):
         def work(received: Any) -> Any:
             ranks, _, n = received.shape
             every = [part.transpose(2, 0, 1).reshape(n, ranks * k) for part in (received[:, :k], received[:, k:])]
-            best = _largest(every[0], k)
-            chosen = [np.take_along_axis(a, best, axis=1) for a in every]
-            order = np.argsort(-chosen[0], axis=1, kind="stable")
-            return np.concatenate([np.take_along_axis(a, order, axis=1).T for a in chosen])
+            order = np.lexsort((every[1], -every[0]), axis=1)[:, :k]
+            return np.concatenate([np.take_along_axis(a, order, axis=1).T for a in every])
 
         merged = exchange(self.comm, np.concatenate([scores.T, ids.T]), work)
         leading = done.leading
         acc = checks.acc_dtype(done.backend.xp.result_type(done.x2, self.W))
         return (
-            np.ascontiguousarray(merged[:k].T).astype(acc).reshape(*leading, k),
             np.ascontiguousarray(merged[k:].T).astype(np.int64).reshape(*leading, k),
+            np.ascontiguousarray(merged[:k].T).astype(acc).reshape(*leading, k),
         )
 
     def accuracy(self, x: Any, t: Any, k: int = 1) -> float:
         """Compute the share of rows whose class is among the k largest scores; ids ``t (...)`` or rows ``(..., C)``."""
         ids = as_numpy(t)
-        _, classes = self.top_k(x, k)
+        classes, _ = self.top_k(x, k)
         if ids.shape != classes.shape[:-1]:
             ids = ids.argmax(axis=-1)
         return float((classes == ids[..., None]).any(axis=-1).mean())
