@@ -13,11 +13,14 @@ predicted, so that they combine freely; rows without any run the same source com
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
+from swl.backends import _simd
 from swl.backends._simd import (
     exp_nonpositive,
     exp_scaled,
@@ -54,7 +57,26 @@ BLOCK = 4096
 FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
 LOSS, ROW_MAX, LOG_SUM, TARGET_DOT, MASS, ENTROPY, LOG_PROB = range(7)
 
-_kernel: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True}
+_SOURCES = hashlib.blake2b(
+    b"".join(Path(file).read_bytes() for file in (_simd.__file__, __file__)), digest_size=6
+).hexdigest()
+
+
+def _kernel(function: Any) -> Any:
+    """Compile at first use and keep the result on disk.
+
+    Numba takes a kept result for fresh by the time stamp of this file alone, which a wheel may share with the last version,
+    and knows nothing of `_simd`. So what the sources say is part of the name. Where there is no folder to keep anything in,
+    each process compiles for itself.
+    """
+    function.__qualname__ += "_" + _SOURCES
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(function, cache=True, **options)
+    except RuntimeError:  # no writable folder
+        return njit(function, **options)
+
+
 _inner: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
 
 
@@ -388,7 +410,7 @@ def _sweep(
                 _backward(row, row_of(out, i), extras, low, e, bases, scale, hit, y_hit, stream)
 
 
-@njit(**_kernel)
+@_kernel
 def sweep(
     logits: Any, out: Any, first: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
     row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
@@ -406,7 +428,7 @@ def sweep(
     )  # fmt: skip
 
 
-@njit(**_kernel)
+@_kernel
 def convert(source: Any, target: Any) -> None:
     """Copy row by row between the arithmetic's dtype and memory's (`swl.backends._simd`); both C-ordered, one float32."""
     one = np.float32(1)
@@ -421,7 +443,7 @@ def convert(source: Any, target: Any) -> None:
             store_tail(b, full, C - full, load_tail(a, full, C - full, one))
 
 
-@njit(**_kernel)
+@_kernel
 def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean: Any, row_weight: Any) -> Any:
     """Write the ids as `Target.ids`, and m; return the first bad row or −1, and Σ m."""
     total = 0.0
