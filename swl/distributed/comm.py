@@ -11,10 +11,7 @@ import contextlib
 import hashlib
 import importlib
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -23,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.arrays import to_numpy
+from swl.distributed.watch import Watcher
 
 __all__ = ["Counted", "Grid", "agree", "in_blocks", "run", "sum_in_order"]
 
@@ -270,7 +268,7 @@ def run() -> Iterator[Any]:
     0 1
     """
     comm = world()
-    watcher = _Watcher(comm)
+    watcher = Watcher(comm, importlib.import_module("mpi4py.MPI").COMM_TYPE_SHARED)
     try:
         yield comm
     except BaseException as error:
@@ -288,45 +286,6 @@ def run() -> Iterator[Any]:
         sys.stdout.flush()
         comm.Abort(status if isinstance(status, int) else 1)
     watcher.dismiss()
-
-
-class _Watcher:
-    """A shell that waits for the end of this rank, and says so if it comes without warning.
-
-    A killed process cannot say a last word, and ``mpiexec`` gives its signal but not its rank. The shell reads from a pipe
-    that only this rank can write to: a line is a dismissal, an end of file is a death. The other ranks of the machine are
-    killed next, by ``mpiexec``; only the first to make the folder "dead" speaks.
-    """
-
-    SCRIPT = 'read line || { mkdir "$1/dead" 2>/dev/null && echo "$2" >&2; exec >&- 2>&-; sleep 2; rm -rf "$1"; }'
-
-    def __init__(self, comm: Any) -> None:
-        self.shell: subprocess.Popen[bytes] | None = None
-        if comm.size == 1 or os.name != "posix":
-            return
-        machine = comm.Split_type(importlib.import_module("mpi4py.MPI").COMM_TYPE_SHARED)
-        self.is_first = machine.rank == 0
-        self.folder = machine.bcast(tempfile.mkdtemp(prefix="swl-ranks-") if self.is_first else None, 0)
-        self.machine = machine
-        message = f"swl: rank {comm.rank} of {comm.size}, process {os.getpid()}, ended without warning: it was killed or crashed"
-        self.shell = subprocess.Popen(
-            ["/bin/sh", "-c", self.SCRIPT, "sh", self.folder, message], stdin=subprocess.PIPE, start_new_session=True
-        )
-
-    def silence(self) -> None:
-        """Let no rank of this machine be reported: the cause has been."""
-        if self.shell is not None:
-            with contextlib.suppress(OSError):
-                os.mkdir(os.path.join(self.folder, "dead"))
-
-    def dismiss(self) -> None:
-        """Send the shell away, at the good end of the run."""
-        if self.shell is None:
-            return
-        self.machine.Barrier()  # a rank that is still at work may yet die
-        self.shell.communicate(b"\n")
-        if self.is_first:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def world() -> Any:
