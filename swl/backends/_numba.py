@@ -156,14 +156,14 @@ class NumbaBackend(NumpyBackend):
             POOL.run(work, N)
 
     def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
-        return self._forward(logits, target, None, None, stats, kernels.FORWARD)
+        return self._run(logits, target, None, None, stats, kernels.FORWARD)
 
     def cross_entropy_forward_backward(
         self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool
     ) -> Rows:
-        return self._forward(logits, target, row_scale, out, stats, kernels.FORWARD | kernels.BACKWARD)
+        return self._run(logits, target, row_scale, out, stats, kernels.FORWARD | kernels.BACKWARD)
 
-    def _forward(self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool, flags: int) -> Rows:
+    def _run(self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool, flags: int) -> Rows:
         N = logits.shape[0]
         acc = np.float64 if logits.dtype == np.float64 else np.float32
         if not stats:

@@ -63,6 +63,10 @@ class NumpyBackend:
         return ids, m, float(m.sum(dtype=np.float64))
 
     def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+        parts = [self._forward(logits[a:b], target.rows(a, b), stats) for a, b in _cuts(logits)]
+        return Rows(*(None if field[0] is None else np.concatenate(field) for field in zip(*parts, strict=True)))
+
+    def _forward(self, logits: Any, target: Target, stats: bool) -> Rows:
         z, _ = _final_logits(logits, target)
         q, y, m = _target_rows(z, target)
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
@@ -86,6 +90,12 @@ class NumpyBackend:
             return Rows(loss, M, S, d, A, S - _dot(p, u), log_prob, z.argmax(axis=1))
 
     def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+        for a, b in _cuts(logits):
+            here = Rows(*(None if field is None else field[a:b] for field in rows))
+            scale = row_scale if row_scale.size == 1 else row_scale[a:b]
+            self._backward(logits[a:b], target.rows(a, b), here, scale, out[a:b])
+
+    def _backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
         z, slope = _final_logits(logits, target)
         _, y, m = _target_rows(z, target)
         M, S, A = rows.row_max, rows.log_sum, rows.mass
@@ -111,6 +121,16 @@ class NumpyBackend:
 
     def info(self) -> dict[str, str]:
         return {"numpy": np.__version__}
+
+
+def _cuts(logits: Any) -> list[tuple[int, int]]:
+    """Cut the rows so that the temporaries of a part stay small; an empty array is one part."""
+    N, C = logits.shape
+    step = max(1, _AT_ONCE // C)
+    return [(a, min(a + step, N)) for a in range(0, max(N, 1), step)]
+
+
+_AT_ONCE = 1 << 22
 
 
 def raise_bad_id(ids: Any, row: int, n_classes: int, ignore_index: int) -> None:
