@@ -43,7 +43,7 @@ class Model(nn.Module):
         x = self.tokens(tokens) + self.places.weight
         x, target = self.body(x, mask=self.mask, is_causal=True).flatten(0, 1), target.flatten()
         if self.loss == "swl fused":
-            return swl.torch.linear_cross_entropy(x, self.head.weight, target, memory_budget=8 * 2**20)
+            return swl.torch.linear_cross_entropy(x, self.head.weight, target, memory_budget=32 * 2**20)
         cross_entropy = nn.functional.cross_entropy if self.loss == "torch" else swl.torch.cross_entropy
         return cross_entropy(self.head(x), target)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import swl
@@ -423,3 +427,130 @@ def test_the_specification_runs_too() -> None:
     with swl.use_backend("numpy"):
         assert swl.torch._bridge.bridge(x).backend.name == "numpy"
         close(swl.torch.cross_entropy(x, t), F.cross_entropy(x, t))
+
+
+# ------------------------------------------------------------------------------------------------ the CUDA half
+
+
+class Emulated:
+    """The bridge to the emulated device: what `Cuda` is but for DLPack and streams, which only a card can show."""
+
+    on_host = False
+
+    def __init__(self) -> None:
+        from swl.backends import get
+
+        self.backend = get("cupy-emulated")
+        self.writes: list[Any] = []
+
+    def array(self, t: Any) -> Any:
+        there = self.backend.asarray(t.detach().numpy())
+        self.writes.append((t, there))
+        return there
+
+    def tensor(self, a: Any) -> Any:
+        return torch.from_numpy(a._host.copy())
+
+    @contextlib.contextmanager
+    def scope(self) -> Any:
+        """On the way out, bring back what kernels wrote: the emulated device does not share torch's memory."""
+        self.writes.clear()
+        yield
+        for t, there in self.writes:
+            t.detach().numpy()[...] = there._host  # unseen by autograd, as the writes of a kernel are
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_device_paths_on_the_emulated_device(dtype: Any, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from conftest import EMULATED, NO_EMULATOR
+
+    if EMULATED is None or NO_EMULATOR:
+        pytest.skip(NO_EMULATOR or "no emulated device")
+    x, W, b = torch.randn(6, 5).to(dtype), torch.randn(5, 5).to(dtype), torch.randn(5).to(dtype)
+    leaves = [t.requires_grad_() for t in (x, W, b)]
+    for target in (IDS, torch.rand(6, 5)):
+        target = target.to(dtype) if target.is_floating_point() else target
+
+        def losses(target: Any = target) -> Any:
+            plain = swl.torch.cross_entropy(x, target, W[0].detach().abs(), reduction=reduction, label_smoothing=0.1)
+            fused = swl.torch.linear_cross_entropy(x, W, target, linear_bias=b, reduction=reduction)
+            return plain, fused
+
+        def run() -> list[Any]:
+            plain, fused = losses()
+            g = torch.full_like(plain, 0.5)
+            return [
+                plain.detach(),
+                fused.detach(),
+                *torch.autograd.grad(plain, x, g),
+                *torch.autograd.grad(fused, leaves, g),
+                *torch.autograd.grad(swl.torch.affine(x, W, b), leaves, torch.ones(6, 5).to(dtype)),
+            ]
+
+        want = run()
+        with monkeypatch.context() as patch:
+            for module in (swl.torch._loss, swl.torch._linear):
+                patch.setattr(module, "bridge", lambda _: Emulated())
+            got = run()
+        for a, w in zip(got, want, strict=True):
+            torch.testing.assert_close(a, w, rtol=2e-3 if dtype is torch.float16 else 1e-5, atol=2e-3)
+
+
+def on_a_card(request: pytest.FixtureRequest) -> None:
+    try:
+        from swl.backends import get
+
+        get("cupy")
+        usable = torch.cuda.is_available()
+        reason = "torch has no CUDA device"
+    except swl.BackendUnavailable as error:
+        usable, reason = False, str(error)
+    if not usable:
+        if request.config.getoption("require_gpu"):
+            pytest.fail(f"--require-gpu: {reason}", pytrace=False)
+        pytest.skip(f"no GPU: {reason}")
+
+
+def test_on_a_card(request: pytest.FixtureRequest) -> None:
+    on_a_card(request)
+    for dtype in FLOATS:
+        x, W = torch.randn(64, 300).to(dtype), torch.randn(500, 300).to(dtype)
+        t = torch.randint(0, 500, (64,))
+        grads = []
+        for device in ("cpu", "cuda"):
+            leaves = [a.to(device).detach().requires_grad_() for a in (x, W)]
+            with torch.cuda.stream(torch.cuda.Stream()):  # on whatever stream torch works
+                loss = swl.torch.linear_cross_entropy(*leaves, t.to(device))
+                loss = loss + swl.torch.cross_entropy(leaves[0], t.to(device) % 300) * 2
+                grads.append([loss, *torch.autograd.grad(loss, leaves)])
+                torch.cuda.current_stream().synchronize()
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(b.cpu(), a, rtol=3e-2 if dtype in FLOATS[2:] else 1e-4, atol=1e-3)
+
+
+def test_memory_pool_on_a_card(request: pytest.FixtureRequest) -> None:
+    on_a_card(request)
+    import cupy
+
+    before = cupy.cuda.get_allocator()
+    try:
+        swl.torch.share_memory_pool()
+        start = torch.cuda.memory_allocated()
+        there = cupy.zeros(2**20, np.uint8)
+        assert torch.cuda.memory_allocated() - start >= 2**20
+        del there
+        assert torch.cuda.memory_allocated() == start
+    finally:
+        cupy.cuda.set_allocator(before)
+
+
+def test_the_example_has_one_curve() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "transformer", Path(__file__).parent.parent / "examples/transformer.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    curves = [module.train(loss, 3)["losses"] for loss in ("torch", "swl", "swl fused")]
+    for curve in curves[1:]:
+        np.testing.assert_allclose(curve, curves[0], atol=1e-4)

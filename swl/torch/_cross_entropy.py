@@ -177,7 +177,7 @@ def _twice(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]
     o = ctx.loss.problem.options
     setting = Settings(o.reduction, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap or 0.0)
     saved = ctx.saved_tensors
-    loss = composed(*saved, ctx.given, setting, ctx.probabilities)
+    loss = composed(saved[0], saved[1], ctx.given, setting, ctx.probabilities)
     wanted = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
     grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=True))
     d_input, d_target = (next(grads) if needed else None for needed in ctx.needs_input_grad[:2])

@@ -148,12 +148,10 @@ class _Affine(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return tuple(_affine_gradients(grad_output, input, weight, ctx.needs_input_grad))
-        g, x = (
-            grad_output.reshape(-1, weight.shape[0]),
-            input.reshape(-1, weight.shape[1]),
-        )  # to be differentiated again
-        parts = (lambda: grad_output @ weight), (lambda: g.T @ x), (lambda: g.sum(0))
-        return tuple(part() if needed else None for part, needed in zip(parts, ctx.needs_input_grad, strict=True))
+        # to be differentiated again: in torch's own operations
+        g, x = grad_output.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
+        d_input, d_weight, d_bias = ctx.needs_input_grad
+        return grad_output @ weight if d_input else None, g.T @ x if d_weight else None, g.sum(0) if d_bias else None
 
 
 @torch.library.custom_op("swl::affine", mutates_args=())
@@ -440,7 +438,8 @@ def _twice(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     """Compute gradients that can be differentiated again, which asks for torch's own operations."""
     x, W, target, bias = saved = ctx.saved_tensors
     logits = _logits(x, W, bias)
-    loss = composed(logits, target, *ctx.options, target.shape == logits.shape)
+    given, setting = ctx.options
+    loss = composed(logits, target, given, setting, target.shape == logits.shape)
     needs = ctx.needs_input_grad[:4]
     wanted = [t for t, needed in zip(saved, needs, strict=True) if needed]
     grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=True))

@@ -34,7 +34,7 @@ FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _INTEGERS = frozenset(
     (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 )
-ACC = {torch.float64: F64, torch.float32: F32, torch.float16: F32, torch.bfloat16: F32}
+ACC: dict[Any, Any] = {torch.float64: F64, torch.float32: F32, torch.float16: F32, torch.bfloat16: F32}
 """The dtype of the arithmetic."""
 
 PER_SAMPLE = 256
@@ -103,7 +103,7 @@ def tensors(
         elif denominator.ndim:
             raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {tuple(denominator.shape)}")
     for name, t in (("weight", weight), ("sample_weight", sample_weight), ("denominator", denominator)):
-        if t is not None and t.requires_grad and torch.is_grad_enabled():
+        if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(f"{name} requires a gradient, which is not computed; pass {name}.detach()")
     return Tensors(weight, sample_weight, denominator)
 
@@ -313,10 +313,10 @@ class Loss(NamedTuple):
         """Give memory for a gradient: as the caller gets it, and in the pieces of `_sweep`."""
         kind = {"dtype": input.dtype, "device": input.device}
         if _per_sample(input):
-            whole = torch.empty(input.shape, **kind)  # type: ignore[arg-type]
+            whole = torch.empty(input.shape, **kind)
             return whole, _samples(whole)
         C = input.shape[0] if input.ndim == 1 else input.shape[1]
-        rows = torch.empty((input.numel() // C, C), **kind)  # type: ignore[arg-type]
+        rows = torch.empty((input.numel() // C, C), **kind)
         return _restored(rows, input), [rows]
 
     def _arrays(self, parts: list[Tensor]) -> list[Any]:
