@@ -73,7 +73,7 @@ class Problem(NamedTuple):
         if isinstance(dout, (int, float)):
             scale: Any = dout
         else:
-            scale = real_array(self.backend, "dout", dout)
+            scale = real_array(self.backend, "dout", dout).astype(self.acc, copy=False)  # 1/N is nothing in float16
             legal = self.leading if options.reduction == "none" else ()
             if scale.ndim != 0:
                 require_shape("dout", scale, legal, f"one value per loss of reduction={options.reduction!r}")

@@ -38,7 +38,9 @@ class Forbidden(AssertionError):  # noqa: N818 - reads as what it says
 # ------------------------------------------------------------------------------------------------ waiting
 
 _OUTSIDE = ("swl.cli", "swl.train", "swl.gradcheck", "swl.distributed")  # may look at results, as a user may
-_MAY_WAIT = frozenset(("check", "info", "state_dict", "perplexity", "_number"))  # the last puts values into error messages
+_MAY_WAIT = frozenset(
+    ("check", "info", "state_dict", "perplexity", "_number")
+)  # the last puts values into error messages
 
 
 def _caller_in_swl(but: frozenset[str]) -> str | None:
