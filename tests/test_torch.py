@@ -278,6 +278,7 @@ def test_no_copy_of_the_logits() -> None:
     t = torch.randint(0, 20_000, (64,))
     swl.torch.cross_entropy(x, t).backward()
     x.grad = None
+    swl.empty_cache()  # the gradient's memory would be there already
     tracemalloc.start()  # NumPy's memory
     swl.torch.cross_entropy(x, t).backward()
     numpys = tracemalloc.get_traced_memory()[1]
@@ -287,8 +288,8 @@ def test_no_copy_of_the_logits() -> None:
         swl.torch.cross_entropy(x, t).backward()
     torchs = sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages() if event.key != "[memory]")
     size = x.numel() * 4
-    assert numpys < size / 10
-    assert size <= torchs < 1.1 * size  # the gradient, and nothing else of its size
+    assert size <= numpys < 1.1 * size  # the gradient, and nothing else of its size
+    assert torchs < size / 10
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -257,7 +257,7 @@ class Loss(NamedTuple):
         p = self.problem
         scale = p.row_scale(1.0)
         if input.ndim == 2:
-            grad = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+            grad = self._empty(input.shape, input)
             z, out = self.bridge.array(input), self.bridge.array(grad)
             return p.backend.cross_entropy_forward_backward(z, p.target, scale, out, False), grad
         whole, parts = self._gradient(input)
@@ -311,13 +311,18 @@ class Loss(NamedTuple):
 
     def _gradient(self, input: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Give memory for a gradient: as the caller gets it, and in the pieces of `_sweep`."""
-        kind = {"dtype": input.dtype, "device": input.device}
         if _per_sample(input):
-            whole = torch.empty(input.shape, **kind)
+            whole = self._empty(input.shape, input)
             return whole, _samples(whole)
         C = input.shape[0] if input.ndim == 1 else input.shape[1]
-        rows = torch.empty((input.numel() // C, C), **kind)
+        rows = self._empty((input.numel() // C, C), input)
         return _restored(rows, input), [rows]
+
+    def _empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Give memory for a gradient: on a host from the backend, whose large blocks outlive the tensors made of them."""
+        if not self.bridge.on_host:
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return self.bridge.tensor(self.problem.backend.empty(tuple(shape), self.bridge.array(like).dtype))
 
     def _arrays(self, parts: list[Tensor]) -> list[Any]:
         return [self.bridge.array(part) for part in parts]
