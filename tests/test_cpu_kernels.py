@@ -91,3 +91,15 @@ def test_offsets_past_two_to_the_32(monkeypatch: pytest.MonkeyPatch) -> None:
         alone = swl.cross_entropy(z[-1:].copy(), t[-1:])
     assert loss == alone
     assert 13 < loss < 22
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gradients_hold_hardly_any_subnormal_numbers(dtype: Any) -> None:
+    """They would slow the products that read them tens of times; each is less than the smallest normal number."""
+    rng = np.random.default_rng(0)
+    z = (rng.standard_normal((64, 5000)) * (28 if dtype == np.float32 else 230)).astype(dtype)
+    with swl.use_backend("numba"):
+        _, grad = swl.cross_entropy_value_and_grad(z, rng.integers(0, 5000, 64))
+    subnormal = (grad != 0) & (np.abs(grad) < np.finfo(dtype).tiny)
+    assert subnormal.mean() < 1e-3
+    assert (grad == 0).mean() > 0.5

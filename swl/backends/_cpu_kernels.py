@@ -22,6 +22,7 @@ from numba import njit
 
 from swl.backends import _simd
 from swl.backends._simd import (
+    drop_below,
     exp_nonpositive,
     exp_scaled,
     exp_unit,
@@ -162,11 +163,27 @@ class _Late(NamedTuple):
 
 
 @njit(**_inner)
-def _write(late: _Late, k: Any, begin: int, end: int, low: Any) -> None:
-    """Write the gradient of the classes ``[begin, end)`` of one block, the target class's part left out."""
+def _factor(k: Any, scale: Any) -> Any:
+    """Give the factor of a block's exponentials, and the least one whose gradient is a normal number.
+
+    What comes out below that is written as 0: subnormal numbers would slow this loop, and every product that reads them, tens of
+    times.
+    """
+    return splat(k), splat(scalar(k, np.finfo(k).tiny) / abs(k * scale))
+
+
+@njit(**_inner)
+def _late_gradient(late: _Late, factor: Any, j: int, low: Any) -> Any:
+    """∂L/∂z = pull·p·scale of a vector, the target class's part left out."""
+    k, least = factor
+    return fma(k, drop_below(load(late.exps, j, low), least), splat(scalar(low, 0))) * splat(late.scale)
+
+
+@njit(**_inner)
+def _write(late: _Late, factor: Any, begin: int, end: int, low: Any) -> None:
+    """Write the gradient of the classes ``[begin, end)`` of one block."""
     for j in range(begin, end, lanes(low)):
-        g = fma(k, load(late.exps, j, low), splat(scalar(low, 0))) * late.scale
-        store_tail(late.out, j, min(lanes(low), end - j), g)
+        store_tail(late.out, j, min(lanes(low), end - j), _late_gradient(late, factor, j, low))
 
 
 @njit(**_inner)
@@ -200,16 +217,15 @@ def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any, late: Any) 
         sums = splat(zero), splat(zero), splat(zero)
         done = start
         if late is not None:
-            k = splat(late.factors[start // BLOCK])
+            factor = _factor(late.factors[start // BLOCK], late.scale)
             lead = to_line(late.out, start)
             done = max(start, full - step)
             for j in range(start, done, step):
                 prefetch(row, j + BLOCK, low)
                 sums = _add_up(row, extras, j, None, low, splat(base), exps, sums)
-                g = fma(k, load(late.exps, j + lead, low), splat(zero)) * late.scale
-                store_stream(late.out, j + lead, g)
-            _write(late, k, start, min(start + lead, stop), low)
-            _write(late, k, done + lead, stop, low)
+                store_stream(late.out, j + lead, _late_gradient(late, factor, j + lead, low))
+            _write(late, factor, start, min(start + lead, stop), low)
+            _write(late, factor, done + lead, stop, low)
         for j in range(done, full, step):
             prefetch(row, j + BLOCK, low)
             sums = _add_up(row, extras, j, None, low, splat(base), exps, sums)
@@ -226,12 +242,13 @@ def _forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any, late: Any) 
 
 
 @njit(**_inner)
-def _gradient(row: Any, extras: Any, j: int, stop: Any, low: Any, exps: Any, pull: Any, scale: Any, hot: Any) -> Any:
+def _gradient(row: Any, extras: Any, j: int, stop: Any, low: Any, exps: Any, factor: Any, scale: Any, hot: Any) -> Any:
     """∂L/∂r = (pull·exp − y)·scale·(1 − (z/κ)²); `hot` is the target class's part of −y."""
     minus_y = hot
     if extras is not None and extras.dense:
         minus_y = minus_y - _dense(extras, j, stop)
-    g = fma(pull, load(exps, j, low), minus_y) * scale
+    k, least = factor
+    g = fma(k, drop_below(load(exps, j, low), least), minus_y) * scale
     if extras is not None and extras.softcap > 0:
         t = _logits(row, extras, j, stop, low) / splat(extras.softcap)
         g = g * (splat(scalar(low, 1)) - t * t)
@@ -251,7 +268,8 @@ def _target_vector(row: Any, extras: Any, low: Any, exps: Any, factors: Any, sca
     at = hit - hit % lanes(low)
     end = min(at + lanes(low), row.size)
     hot = set_lane(splat(scalar(low, 0)), hit - at, -y_hit)
-    return _gradient(row, extras, at, end, low, exps, splat(factors[at // BLOCK]), splat(scale), hot)
+    factor = _factor(factors[at // BLOCK], scale)
+    return _gradient(row, extras, at, end, low, exps, factor, splat(scale), hot)
 
 
 @njit(**_inner)
@@ -267,7 +285,7 @@ def _backward(
         g_hit = _target_vector(row, extras, low, exps, factors, scale, hit, y_hit)
     for start in range(0, C, BLOCK):
         stop = min(start + BLOCK, C)
-        k = splat(factors[start // BLOCK])
+        k = _factor(factors[start // BLOCK], scale)
         begin = start
         if stream:
             begin = min(start + to_line(out, start), stop)
@@ -361,7 +379,7 @@ def _sweep(
         if not plain:
             M, S, d, A = _forward(row, extras, low, e, bases, None)
         elif waiting:
-            behind = _Late(row_of(out, last), row_of(exps, last % 2), all_bases[last % 2], splat(last_scale))
+            behind = _Late(row_of(out, last), row_of(exps, last % 2), all_bases[last % 2], last_scale)
             M, S, d, A = _forward(row, None, low, e, bases, behind)
             if last_hit >= 0:
                 g = _target_vector(row, None, low, behind.exps, behind.factors, last_scale, last_hit, last_y)

@@ -430,6 +430,17 @@ first_nan = _search(lambda builder, a, b: builder.fcmp_unordered("uno", a, b))
 
 
 @intrinsic
+def drop_below(typingctx: Any, value: Any, least: Any) -> Any:
+    """0 where a lane is below `least`, NaN not."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        below = builder.fcmp_ordered("<", *args)
+        return builder.select(below, _constant(value, 0.0), args[0])
+
+    return signature(value, value, least), codegen
+
+
+@intrinsic
 def set_lane(typingctx: Any, value: Any, lane: Any, scalar: Any) -> Any:
     """Replace one lane."""
 

@@ -145,8 +145,8 @@ MUTANTS = [
     Mutant(
         "the factor of the first block for all",
         KERNELS,
-        "k = splat(factors[start // BLOCK])",
-        "k = splat(factors[0])",
+        "k = _factor(factors[start // BLOCK], scale)",
+        "k = _factor(factors[0], scale)",
         "test_cross_entropy.py:longer_than_any_block and float32 and 16385 and ids",
     ),
     Mutant(
