@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -284,6 +285,7 @@ def run() -> Iterator[Any]:
         watcher.silence()
         print(f"swl: rank {comm.rank} of {comm.size} failed: {text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        time.sleep(1)  # mpiexec drops what it has not read yet when a job aborts
         comm.Abort(status if isinstance(status, int) else 1)
     watcher.dismiss()
 
