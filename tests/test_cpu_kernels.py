@@ -101,3 +101,30 @@ def test_gradients_hold_hardly_any_subnormal_numbers(dtype: Any) -> None:
     subnormal = (grad != 0) & (np.abs(grad) < np.finfo(dtype).tiny)
     assert subnormal.mean() < 1e-3
     assert (grad == 0).mean() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exp_is_within_two_ulp_on_its_whole_range(dtype: Any) -> None:
+    """Subnormal results included; exactly 0 below them, 1 at 0, and a NaN stays one."""
+    from numba import njit
+
+    from swl.backends import _simd as simd
+
+    @njit(error_model="numpy")
+    def exp(x: Any, out: Any) -> None:
+        step = simd.lanes(x[0])
+        for j in range(0, x.size, step):
+            simd.store(simd.whole(out), j, simd.exp_nonpositive(simd.load(simd.whole(x), j, x[0])))
+
+    low = 110 if dtype == np.float32 else 760
+    special = np.array([0, -0.0, -np.inf, -1e30, np.nan, -104, -746, -87.5])
+    x = np.concatenate([special, -np.linspace(0, low, 200_000), -np.logspace(-30, 2, 50_000)]).astype(dtype)
+    x = np.resize(x, x.size // 32 * 32)  # whole vectors
+    got = np.empty_like(x)
+    exp(x, got)
+    want = np.exp(x.astype(np.longdouble))
+    ulp = np.spacing(np.maximum(want.astype(dtype), np.finfo(dtype).smallest_subnormal)).astype(np.longdouble)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(got - want) / ulp
+    assert (error[~np.isnan(x)] <= 2).all()
+    np.testing.assert_array_equal(got[:5], np.array([1, 1, 0, 0, np.nan], dtype))

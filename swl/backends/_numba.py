@@ -22,7 +22,7 @@ def load() -> Backend:
 
 
 SERIAL = 100_000
-"""Logits up to which one thread does it all (docs/performance.md)."""
+"""Logits up to which one thread does it all: about what handing work to another costs."""
 
 STREAM = 24 << 20
 """Bytes of a gradient from which it is written past the caches, where it is not written over the logits."""
