@@ -21,6 +21,7 @@ from swl.fused import Plan, plan
 from swl.gradcheck import check_gradients, numerical_gradient
 from swl.layers import Affine, AffineSoftmaxWithLoss, Embedding, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
 from swl.optim import SGD, AdamW
+from swl.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -67,4 +68,5 @@ __all__ = [
     "set_backend",
     "set_num_threads",
     "use_backend",
+    "warmup",
 ]

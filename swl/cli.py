@@ -25,6 +25,7 @@ from swl.distributed.comm import launched
 from swl.fused import DEFAULT_BUDGET
 from swl.gradcheck import GradientReport
 from swl.train import Settings
+from swl.warmup import DTYPES
 
 __all__ = ["main"]
 
@@ -57,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="versions, backends and why each is or is not usable", allow_abbrev=False)
     info.set_defaults(run=_info)
+
+    warm = commands.add_parser(
+        "warmup", help="compile now what a training loop will call, and keep it on disk", allow_abbrev=False
+    )
+    warm.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated; float32 by default")
+    warm.add_argument("--backend", metavar="NAME", help="one of those that `swl info` lists")
+    warm.set_defaults(run=_warmup)
 
     _add_plan(commands)
 
@@ -461,5 +469,25 @@ def _numba() -> Iterator[tuple[str, str]]:
 
     config: Any = numba.config
     yield "threading layer", f"{config.THREADING_LAYER}; not used: swl's kernels run on a pool of its own"
-    folder = config.CACHE_DIR or Path(swl.__file__).parent / "backends" / "__pycache__"
-    yield "kernel cache", f"{folder}{'' if os.access(folder, os.W_OK) else ' (cannot be written to)'}"
+    yield "kernel cache", _kernel_cache()
+
+
+def _kernel_cache() -> str:
+    """Name the folder that compiled kernels of the CPU are kept in."""
+    from swl.backends import _cpu_kernels
+
+    return _cpu_kernels.sweep.stats.cache_path or "none that can be written to: each process compiles"
+# ------------------------------------------------------------------------------------------------ swl warmup
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    dtypes, backend = options.dtype or ["float32"], options.backend or active()
+    try:
+        get(backend)
+        swl.warmup(dtypes, backend=backend)
+    except (ValueError, TypeError) as error:  # no backend of that name, or bfloat16 without its package
+        raise _Refused(str(error)) from None
+    print(f"compiled for {', '.join(dtypes)} on {backend}; kernels are kept in {_kernel_cache()}")
+    return 0
+
+

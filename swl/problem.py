@@ -143,7 +143,7 @@ def problem(
     elif (target := backend.asarray(target)).shape == leading:
         if target.dtype.kind not in "iu":
             raise TypeError(f"target of class ids must be of an integer dtype, got {target.dtype}")
-        ids, row_weight, counted = backend.prepare_ids(target.reshape(n_rows), C, options.ignore_index, weight)
+        ids, row_weight, counted = backend.prepare_ids(target.reshape(n_rows), C, int(options.ignore_index), weight)
     elif target.shape == (*leading, C):
         probs = real_array(backend, "target of probabilities", target).reshape(n_rows, C)
     else:
@@ -161,7 +161,7 @@ def problem(
         else:
             denominator = backend.asarray(denominator)
 
-    eps = options.label_smoothing
+    eps = float(options.label_smoothing)  # kernels are compiled for one type of each number
     spec = Target(
         ids=ids,
         probs=probs,
@@ -169,8 +169,8 @@ def problem(
         row_weight=row_weight,
         hot=1.0 - eps,
         rest=eps / C,
-        softcap=options.softcap or 0.0,
-        z_loss=options.z_loss,
+        softcap=float(options.softcap or 0.0),
+        z_loss=float(options.z_loss),
     )
     return Problem(backend, options, spec, leading, n_rows, acc, sample_weight, denominator)
 

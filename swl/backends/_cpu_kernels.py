@@ -21,6 +21,7 @@ import numpy as np
 from numba import njit
 
 from swl.backends import _simd
+from swl.backends._cache import kept
 from swl.backends._simd import (
     drop_below,
     exp_nonpositive,
@@ -67,15 +68,10 @@ def _kernel(function: Any) -> Any:
     """Compile at first use and keep the result on disk.
 
     Numba takes a kept result for fresh by the time stamp of this file alone, which a wheel may share with the last version,
-    and knows nothing of `_simd`. So what the sources say is part of the name. Where there is no folder to keep anything in,
-    each process compiles for itself.
+    and knows nothing of `_simd`. So what the sources say is part of the name.
     """
     function.__qualname__ += "_" + _SOURCES
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:  # no writable folder
-        return njit(function, **options)
+    return kept(function, nogil=True, error_model="numpy")
 
 
 _inner: dict[str, Any] = {"error_model": "numpy", "forceinline": True}

@@ -1,0 +1,51 @@
+"""Compiled kernels on disk: used where they can be, and never the reason why a call fails."""
+
+# mypy: ignore-errors
+# Numba's internals are typed in some of its versions and not in others.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from numba import njit
+from numba.core.caching import FunctionCache
+
+__all__ = ["kept"]
+
+
+class _Cache(FunctionCache):
+    """Numba's cache, without its trust in the files.
+
+    A file may be cut short by a full disk. And two processes that start with an empty folder may both call their first kernel
+    number 1, of which one signature's index then leads to the other's code.
+    """
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Give the kernel for a signature; None, whereupon it is compiled, if there is none or none that can be read."""
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception:  # of a broken pickle, nearly any
+            with suppress(OSError):
+                self.flush()  # or the index could not be read for saving either
+            return None
+        return found if found is None or found.signature.args == tuple(sig) else None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a kernel; if it cannot be written, it serves this process all the same."""
+        with suppress(OSError):
+            super().save_overload(sig, data)
+
+
+def kept(function: Callable[..., Any], **options: Any) -> Any:
+    """Compile a function at its first call for each signature, and keep the result on disk.
+
+    Where there is no folder to keep anything in, each process compiles for itself.
+    """
+    try:
+        kernel = njit(function, cache=True, **options)
+    except RuntimeError:  # no folder of those that Numba tries can be written to
+        return njit(function, **options)
+    kernel._cache = _Cache(function)
+    return kernel
