@@ -1,0 +1,200 @@
+"""Compiled kernels on disk: a second process compiles nothing, and nothing that may have happened to the folder is an error.
+
+Each case is a process of its own. Most call only the kernel that checks class ids, which compiles in a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import swl
+
+PACKAGE = Path(swl.__file__).parent
+
+COUNT = """
+import json, sys
+import numpy as np, swl
+from numba.core import event
+from swl.backends import get
+compiled = event.RecordingListener()
+event.register("numba:compile", compiled)
+"""
+PASS = """
+rng = np.random.default_rng(0)
+z, t = rng.standard_normal((300, 1000), np.float32), rng.integers(0, 1000, 300)
+loss, grad, stats = swl.cross_entropy_value_and_grad(z, t, label_smoothing=0.1, stats=True)
+result = [float(loss), float(np.abs(grad).sum(dtype=np.float64)), int(stats.argmax.sum())]
+"""
+IDS = """
+result = []
+for dtype in sys.argv[1:]:
+    clean, _, total = get("numba").prepare_ids(np.array([3, 100, 0, 127], dtype), 128, 100, None)
+    result.append([clean.tolist(), total])
+"""
+RIGHT = [[3, -1, 0, 127], 3.0]
+REPORT = """
+print(json.dumps([len([e for _, e in compiled.buffer if e.is_start]), result]))
+"""
+# even the superuser then needs permission to write to a folder
+NO_PRIVILEGES = """
+import ctypes
+if hasattr(ctypes.CDLL(None), "capset"):
+    assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
+"""
+FULL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+"""
+
+
+def start(code: str, folder: Path | None, *arguments: str, **environment: Any) -> subprocess.Popen[str]:
+    env = {**os.environ, "SWL_BACKEND": "numba", **{name: str(value) for name, value in environment.items()}}
+    env.pop("NUMBA_CACHE_DIR", None)
+    if folder is not None:
+        env["NUMBA_CACHE_DIR"] = str(folder)
+    command = [sys.executable, "-c", code, *arguments]
+    away = PACKAGE.anchor  # from a checkout Python would import that
+    return subprocess.Popen(command, env=env, cwd=away, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, Any]:
+    """Give the number of kernels that a process compiled, and what they computed."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    n_compiled, result = json.loads(out)
+    return n_compiled, result
+
+
+def ids(folder: Path | None, *dtypes: str, before: str = "", **environment: Any) -> int:
+    """Check class ids of some dtypes in a process of its own; give the number of kernels that it compiled."""
+    n_compiled, result = finish(start(before + COUNT + IDS + REPORT, folder, *dtypes, **environment))
+    assert result == [RIGHT] * len(dtypes)
+    return n_compiled
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder that one process has filled."""
+    folder = tmp_path_factory.mktemp("kernels")
+    assert ids(folder, "int32", "int64") > 0
+    return folder
+
+
+@pytest.fixture
+def folder(filled: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of that to do harm to."""
+    yield Path(shutil.copytree(filled, tmp_path / "kernels"))
+    subprocess.run(["chmod", "-R", "u+w", str(tmp_path)], check=True)
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package, without any kernels; give the folder to import it from."""
+    shutil.copytree(PACKAGE, tmp_path / "site" / "swl", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "site"
+
+
+def files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.rglob(pattern))
+
+
+# ------------------------------------------------------------------------------------------------ a folder that works
+
+
+def test_the_second_process_compiles_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there" / "yet"
+    first, result = finish(start(COUNT + PASS + REPORT, folder))
+    second, again = finish(start(COUNT + PASS + REPORT, folder))
+    assert first > 0
+    assert second == 0
+    assert again == result
+
+
+def test_processes_that_start_at_once(tmp_path: Path) -> None:
+    orders = [("int32", "int64"), ("int64", "uint8"), ("uint8", "int32")]
+    processes = [start(COUNT + IDS + REPORT, tmp_path, *order) for order in orders]
+    for process, order in zip(processes, orders, strict=True):
+        assert finish(process)[1] == [RIGHT] * len(order)
+    ids(tmp_path, "int32", "int64", "uint8")  # whoever has written last
+    assert ids(tmp_path, "int32", "int64", "uint8") == 0
+
+
+def test_a_kernel_under_another_signatures_name_is_not_called(folder: Path) -> None:
+    """As two processes may leave it that wrote their first kernels at the same time."""
+    one, two = files(folder, "*prepare_ids*.nbc")
+    was = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(was)
+    assert ids(folder, "int32", "int64") > 0
+
+
+# ------------------------------------------------------------------------------------------------ one that does not
+
+
+@pytest.mark.parametrize("there", ["full", "empty", "missing", "a file"])
+def test_a_folder_that_cannot_be_written_to(folder: Path, package: Path, there: str) -> None:
+    if there == "empty":
+        for file in files(folder, "*.nb?"):
+            file.unlink()
+    elif there != "full":
+        shutil.rmtree(folder)
+    if there == "a file":
+        folder.touch()
+    before = files(folder.parent, "*.nb?")
+    subprocess.run(["chmod", "-R", "a-w", str(folder.parent)], check=True)
+    where = {"PYTHONPATH": package, "HOME": folder.parent, "XDG_CACHE_HOME": folder.parent / "cache"}
+    assert ids(folder, "int64", before=NO_PRIVILEGES, **where) > 0
+    assert files(folder.parent, "*.nb?") == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are POSIX's")
+def test_a_full_disk(tmp_path: Path) -> None:
+    assert ids(tmp_path, "int64", before=FULL_DISK) > 0
+    assert ids(tmp_path, "int64") > 0  # nothing half written is taken for a kernel
+    assert ids(tmp_path, "int64") == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None], ids=["empty", "garbage", "cut short"])
+@pytest.mark.parametrize("which", ["*.nbi", "*.nbc"])
+def test_a_broken_file_is_written_anew(folder: Path, which: str, content: bytes | None) -> None:
+    for file in files(folder, which):
+        was = file.read_bytes()
+        file.write_bytes(was[: len(was) * 2 // 3] if content is None else content)
+    assert ids(folder, "int32", "int64") > 0
+    assert ids(folder, "int32", "int64") == 0
+
+
+# ------------------------------------------------------------------------------------------------ stale kernels
+
+
+def test_changed_sources_are_compiled_anew(package: Path, tmp_path: Path) -> None:
+    """Also where neither size nor time stamp tell of the change."""
+    where = {"PYTHONPATH": package}
+    assert ids(tmp_path, "int64", **where) > 0
+    assert ids(tmp_path, "int64", **where) == 0
+    source = package / "swl" / "backends" / "_cpu_kernels.py"
+    stamp = source.stat()
+    text = source.read_text()
+    assert text.count("total += m") == 1
+    source.write_text(text.replace("total += m", "total -= m"))
+    os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert source.stat().st_size == stamp.st_size
+    n_compiled, result = finish(start(COUNT + IDS + REPORT, tmp_path, "int64", PYTHONPATH=package))
+    assert n_compiled > 0
+    assert result[0][1] == -3.0
+
+
+def test_a_change_of_what_the_kernels_are_made_of_counts_too(package: Path, tmp_path: Path) -> None:
+    assert ids(tmp_path, "int64", PYTHONPATH=package) > 0
+    with (package / "swl" / "backends" / "_simd.py").open("a") as source:
+        source.write("\n# another version\n")
+    assert ids(tmp_path, "int64", PYTHONPATH=package) > 0
