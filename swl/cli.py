@@ -21,7 +21,7 @@ from swl import distributed, text
 from swl import train as training
 from swl.backends import active, get
 from swl.distributed import cost
-from swl.distributed.comm import launched
+from swl.distributed.comm import from_rank_0, gather_numbers, launched
 from swl.fused import DEFAULT_BUDGET
 from swl.gradcheck import GradientReport
 from swl.train import Settings
@@ -125,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=["all", "each"],
         help="scale inputs all alike, or each feature; by default digits all, --data each",
     )
+    _add_ranks(train)
+    train.add_argument("--plot", type=Path, metavar="FILE", help="save a picture of loss and accuracy")
+    train.add_argument("--save", type=Path, metavar="FILE", help="save the parameters, as .npz")
+    train.set_defaults(run=_train)
+    return parser
+
+
+def _add_ranks(train: Any) -> None:
     train.add_argument(
         "--class-parallel",
         type=_at_least(int, 1),
@@ -134,10 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--checkpoint", type=Path, metavar="FOLDER", help="save after each epoch, and go on from the last one there"
     )
-    train.add_argument("--plot", type=Path, metavar="FILE", help="save a picture of loss and accuracy")
-    train.add_argument("--save", type=Path, metavar="FILE", help="save the parameters, as .npz")
-    train.set_defaults(run=_train)
-    return parser
 
 
 def _add_plan(commands: Any) -> None:
@@ -186,17 +190,29 @@ def _at_least(number: type[int] | type[float], low: float) -> Callable[[str], fl
 
 
 def _train(options: argparse.Namespace) -> int:
+    return _alone_or_on_ranks(
+        options, lambda comm: _prepare(options), lambda prepared, grid: _run_training(prepared, options, grid)
+    )
+
+
+def _alone_or_on_ranks(
+    options: argparse.Namespace, prepare: Callable[[Any], Any], work: Callable[[Any, distributed.Grid | None], int]
+) -> int:
+    """Prepare and work in this process alone, or on the ranks of mpiexec, for which rank 0 speaks.
+
+    What is wrong on one rank is found by `prepare`, without help of the others; `work` is refused by all or none.
+    """
     if options.class_parallel is None and options.checkpoint is None and not launched():
-        return _run_training(*_prepare(options), options)
+        return work(prepare(None), None)
     with distributed.run() as comm, contextlib.ExitStack() as stack:
-        if comm.rank:  # rank 0 speaks for all
+        if comm.rank:
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
             stack.enter_context(contextlib.redirect_stderr(silence))
         prepared, refusal = None, None
         try:
             grid = distributed.Grid.of(comm, options.class_parallel or 1)
-            prepared = _prepare(options)
+            prepared = prepare(comm)
         except (_Refused, ValueError, swl.BackendUnavailable) as error:
             refusal = str(error)
         refusals = comm.allgather(refusal)
@@ -204,9 +220,8 @@ def _train(options: argparse.Namespace) -> int:
         if found is not None:
             print(f"swl: {found}", file=sys.stderr)
             return 2
-        assert prepared is not None
         try:
-            return _run_training(*prepared, options, grid)
+            return work(prepared, grid)
         except _Refused as error:  # by all ranks
             print(f"swl: {error}", file=sys.stderr)
             return 2
@@ -246,12 +261,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _run_training(
-    data: datasets.Data,
-    settings: Settings,
-    tqdm: Any,
-    options: argparse.Namespace,
-    grid: distributed.Grid | None = None,
+    prepared: tuple[datasets.Data, Settings, Any], options: argparse.Namespace, grid: distributed.Grid | None
 ) -> int:
+    data, settings, tqdm = prepared
     (N, D), leads = data.x.shape, grid is None or grid.world.rank == 0
     checkpoints = None
     if grid is not None and options.checkpoint is not None:
@@ -260,8 +272,7 @@ def _run_training(
         stack.enter_context(swl.use_backend(options.backend or active()))
         name = active()
         print(f"backend {name}, {settings.dtype}; {data.name}: {N} rows of {D} numbers, {data.n_classes} classes")
-        if grid is not None:
-            print(f"{grid.world.size} ranks: rows over {grid.data.size}, classes over {grid.classes.size}")
+        _print_ranks(grid)
         bar = stack.enter_context(tqdm(unit="step", file=sys.stderr, leave=False, disable=not leads))
 
         def on_start(net: swl.Sequential, report: GradientReport, steps: int) -> None:
@@ -277,7 +288,7 @@ def _run_training(
                 data,
                 settings,
                 on_start=on_start,
-                on_step=bar.update,
+                on_step=lambda loss: bar.update(),
                 on_epoch=on_epoch,
                 grid=grid,
                 checkpoints=checkpoints,
@@ -293,6 +304,11 @@ def _run_training(
         print(f"parameters in {options.save}")
     print(f"test accuracy {result.test_accuracy:.4f}")
     return 0
+
+
+def _print_ranks(grid: distributed.Grid | None) -> None:
+    if grid is not None:
+        print(f"{grid.world.size} ranks: rows over {grid.data.size}, classes over {grid.classes.size}")
 
 
 # ------------------------------------------------------------------------------------------------ swl plan
@@ -351,11 +367,14 @@ def _text_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="swl train text",
         description="Train a next-word model on Python's own documentation: once with the fused head and once with the "
-        "unfused one, each in a process of its own, so that their peak memory can be compared.",
+        "unfused one, each in a process of its own, so that their peak memory can be compared. On the ranks of mpiexec: "
+        "with the fused head, spread over them.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--head", choices=["both", "fused", "unfused"], default="both", help="which to train with")
+    parser.add_argument(
+        "--head", choices=["both", "fused", "unfused"], help="which to train with; over ranks fused, else both"
+    )
     parser.add_argument("--unfused", action="store_const", const="unfused", dest="head", help="as --head unfused")
     parser.add_argument("--backend", metavar="NAME", help="one of those that `swl info` lists")
     defaults = text.Settings()._asdict()
@@ -373,29 +392,56 @@ def _text_parser() -> argparse.ArgumentParser:
         parser.add_argument(flag, type=check, default=defaults[name], metavar="N", help=meaning)
     parser.add_argument("--dtype", choices=["float64", "float32"], default=defaults["dtype"], help="of the parameters")
     parser.add_argument("--limit", type=_at_least(int, 1), metavar="N", help="use only about the first N words")
+    _add_ranks(parser)
     parser.set_defaults(run=_train_text)
     return parser
 
 
 def _train_text(options: argparse.Namespace) -> int:
-    settings = text.Settings(*(getattr(options, name) for name in text.Settings._fields))
-    heads = ("fused", "unfused") if options.head == "both" else (options.head,)
-    backend = options.backend or active()
-    results = {}
+    return _alone_or_on_ranks(
+        options, lambda comm: _check_text(options, comm), lambda _, grid: _run_text(options, grid)
+    )
+
+
+def _check_text(options: argparse.Namespace, comm: Any) -> None:
+    if comm is not None and options.head not in (None, "fused"):
+        raise _Refused(f"--head {options.head}: over ranks there is only the fused head, of which each has a part")
     try:
-        get(backend)
+        get(options.backend or active())
         datasets.require("tqdm", "the progress bar of swl train")
-        words = text.corpus(text.documents(), options.limit)
+    except ValueError as error:  # no backend of that name, or no tqdm
+        raise _Refused(str(error)) from None
+
+
+def _run_text(options: argparse.Namespace, grid: distributed.Grid | None) -> int:
+    settings = text.Settings(*(getattr(options, name) for name in text.Settings._fields))
+    backend = options.backend or active()
+    chosen = options.head or ("both" if grid is None else "fused")
+    heads = ("fused", "unfused") if chosen == "both" else (chosen,)
+    results = {}
+
+    def read() -> text.Corpus:
+        return text.corpus(text.documents(), options.limit)
+
+    try:
+        words = read() if grid is None else from_rank_0(grid.world, read)  # one text, whatever the ranks' Pythons have
         sizes = f"{len(words.train):,} words to train on, {len(words.held_out):,} held out"
         print(f"backend {backend}, {settings.dtype}; text: {sizes}, {len(words.vocabulary):,} distinct", flush=True)
+        _print_ranks(grid)
         for head in heads:
-            results[head] = found = text.train_apart(words, settings, head, backend)
+            if grid is None:
+                found = text.train_apart(words, settings, head, backend)
+                for number, loss in enumerate(found.history, 1):
+                    _print_epoch(number, loss)
+            else:
+                found = _train_on_ranks(words, settings, options.checkpoint, backend, grid)
+            results[head] = found
             print(
                 f"{head:<8}perplexity {found.perplexity:.2f}  {found.tokens_per_second:,.0f} tokens/s  "
                 f"peak memory {_mib(found.peak)}, {_mib(found.before)} of it before the first step",
                 flush=True,
             )
-    except ValueError as error:  # no such backend, or no such data
+    except datasets.DataError as error:  # no text, a process that failed, or a checkpoint of another run
         raise _Refused(str(error)) from None
     if len(results) == 2:
         logits = settings.batch_size * len(words.vocabulary) * np.dtype(settings.dtype).itemsize
@@ -406,8 +452,45 @@ def _train_text(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train_on_ranks(
+    words: text.Corpus, settings: text.Settings, folder: Path | None, backend: str, grid: distributed.Grid
+) -> text.Result:
+    """Train the fused head; the memory is that of the rank that had most."""
+    with swl.use_backend(backend), text.progress(words.train, settings, "fused", grid.world.rank == 0) as on_step:
+        found = text.train(
+            words.train,
+            words.held_out,
+            len(words.vocabulary),
+            settings,
+            on_step=on_step,
+            on_epoch=_print_epoch,
+            grid=grid,
+            checkpoints=None if folder is None else distributed.Checkpoints(folder, grid),
+        )
+    peak, before = gather_numbers(grid.world, found.peak, found.before).max(axis=0)
+    return found._replace(peak=int(peak), before=int(before))
+
+
+def _print_epoch(number: int, loss: float) -> None:
+    datasets.require("tqdm", "the progress bar of swl train").tqdm.write(f"epoch {number:3}  loss {loss:.8f}")
+
+
 def _mib(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:.0f} MiB"
+
+
+# ------------------------------------------------------------------------------------------------ swl warmup
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    dtypes, backend = options.dtype or ["float32"], options.backend or active()
+    try:
+        get(backend)
+        swl.warmup(dtypes, backend=backend)
+    except (ValueError, TypeError) as error:  # no backend of that name, or bfloat16 without its package
+        raise _Refused(str(error)) from None
+    print(f"compiled for {', '.join(dtypes)} on {backend}; kernels are kept in {_kernel_cache()}")
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------ swl info
@@ -477,17 +560,3 @@ def _kernel_cache() -> str:
     from swl.backends import _cpu_kernels
 
     return _cpu_kernels.sweep.stats.cache_path or "none that can be written to: each process compiles"
-# ------------------------------------------------------------------------------------------------ swl warmup
-
-
-def _warmup(options: argparse.Namespace) -> int:
-    dtypes, backend = options.dtype or ["float32"], options.backend or active()
-    try:
-        get(backend)
-        swl.warmup(dtypes, backend=backend)
-    except (ValueError, TypeError) as error:  # no backend of that name, or bfloat16 without its package
-        raise _Refused(str(error)) from None
-    print(f"compiled for {', '.join(dtypes)} on {backend}; kernels are kept in {_kernel_cache()}")
-    return 0
-
-

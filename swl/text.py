@@ -7,6 +7,7 @@ the words that there are. So nearly all memory is in the logits, which the fused
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import itertools
 import json
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,8 +26,22 @@ import numpy as np
 
 import swl
 from swl.data import DataError
+from swl.distributed import Checkpoints, Grid
+from swl.distributed.comm import gather_numbers
+from swl.distributed.training import rows_here, spread
+from swl.train import fit
 
-__all__ = ["Corpus", "Result", "Settings", "corpus", "documents", "train", "train_apart", "unigram_perplexity"]
+__all__ = [
+    "Corpus",
+    "Result",
+    "Settings",
+    "corpus",
+    "documents",
+    "progress",
+    "train",
+    "train_apart",
+    "unigram_perplexity",
+]
 
 END = "<end>"
 """The word after each document."""
@@ -74,6 +88,8 @@ class Result(NamedTuple):
     """Most bytes of memory that the process ever held."""
     before: int
     """Those held before the first step: Python, libraries, corpus, parameters."""
+    history: list[float]
+    """Mean loss over the training words during each epoch, in nats."""
 
 
 # ------------------------------------------------------------------------------------------------ the corpus
@@ -183,6 +199,10 @@ def train(
     settings: Settings,
     head: str = "fused",
     on_step: Callable[[Any], None] = lambda loss: None,
+    on_epoch: Callable[[int, float], None] = lambda number, loss: None,
+    *,
+    grid: Grid | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Result:
     """Train with AdamW and a learning rate that falls to 0 along a cosine, then test on the held-out words.
 
@@ -193,37 +213,50 @@ def train(
         Classes.
     settings : Settings
     head : {"fused", "unfused"}
-    on_step : callable
-        Told the loss of each step, a 0-d array of the backend.
+    on_step, on_epoch : callables
+        Told the loss of each step, a 0-d array of the backend; number and mean loss of each epoch.
+    grid : swl.distributed.Grid, optional
+        Ranks to spread the fused head's classes and the batches over; all of them call this together, with the same
+        words and settings.
+    checkpoints : swl.distributed.Checkpoints, optional
+        Where to save after each epoch; training goes on from the last one there.
     """
-    net = build(n_words, settings, head)
-    parameters, optimizer = net.parameters(), swl.AdamW(settings.lr)
+    net: Any = build(n_words, settings, head)
+    if grid is not None:
+        net = spread(net, grid)
     x, t = windows(train_ids, settings.context)
-    rows, size = len(x), settings.batch_size
-    steps = settings.epochs * math.ceil(rows / size)
-    rng, step, before = np.random.default_rng(settings.seed), 0, peak_memory()
-    begin = time.perf_counter()
-    for _ in range(settings.epochs):
-        order = rng.permutation(rows)
-        for start in range(0, rows, size):
-            batch = order[start : start + size]
-            optimizer.lr = settings.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-            loss, _ = net.forward_backward(swl.asarray(x[batch]), swl.asarray(t[batch]))
-            optimizer.update(parameters, net.gradients())
-            step += 1
-            on_step(loss)
-    seconds = time.perf_counter() - begin
-    return Result(perplexity(net, held_out, settings), settings.epochs * rows / seconds, peak_memory(), before)
+
+    def batch(rows: Any) -> tuple[Any, Any]:
+        return swl.asarray(x[rows]), swl.asarray(t[rows])
+
+    def after(number: int, loss: float) -> float:
+        on_epoch(number, loss)
+        return loss
+
+    optimizer, rng, before = swl.AdamW(settings.lr), np.random.default_rng(settings.seed), peak_memory()
+    history, speed = fit(
+        net, optimizer, batch, len(x), settings, rng, after, on_step=on_step, grid=grid, checkpoints=checkpoints
+    )
+    return Result(perplexity(net, held_out, settings, grid), speed, peak_memory(), before, history)
 
 
-def perplexity(net: swl.Sequential, ids: Any, settings: Settings) -> float:
-    """Compute exp of the mean loss over all words that have enough words before them."""
+def perplexity(net: Any, ids: Any, settings: Settings, grid: Grid | None = None) -> float:
+    """Compute exp of the mean loss over all words that have enough words before them.
+
+    With a `grid`, each rank takes its share of the words.
+    """
     x, t = windows(ids, settings.context)
-    total: Any = 0.0
+    words = len(t)
+    if grid is not None:
+        net, x, t = net.net, rows_here(x, grid), rows_here(t, grid)
+    losses: Any = 0.0
     for start in range(0, len(x), settings.batch_size):
         rows = slice(start, start + settings.batch_size)
-        total = total + net.forward(swl.asarray(x[rows]), swl.asarray(t[rows])) * len(t[rows])
-    return math.exp(float(total) / len(t))
+        losses = losses + net.forward(swl.asarray(x[rows]), swl.asarray(t[rows])) * len(t[rows])
+    total = float(losses)
+    if grid is not None:
+        total = float(gather_numbers(grid.data, total).sum())
+    return math.exp(total / words)
 
 
 def peak_memory() -> int:
@@ -268,21 +301,28 @@ def train_apart(text: Corpus, settings: Settings, head: str, backend: str) -> Re
 
 
 def _child(job: dict[str, Any]) -> None:
-    from tqdm import tqdm
-
-    settings = Settings(*job["settings"])
     with np.load(job["path"]) as file:
         train_ids, held_out = file["train"], file["held_out"]
+    settings, head = Settings(*job["settings"]), job["head"]
+    with swl.use_backend(job["backend"]), progress(train_ids, settings, head) as on_step:
+        result = train(train_ids, held_out, job["n_words"], settings, head, on_step)
+    print(json.dumps(result._asdict()))
+
+
+@contextlib.contextmanager
+def progress(train_ids: Any, settings: Settings, head: str, shown: bool = True) -> Iterator[Callable[[Any], None]]:
+    """Show a bar on stderr; gives what is to be told the loss of each step."""
+    from tqdm import tqdm
+
     steps = settings.epochs * math.ceil((len(train_ids) - settings.context) / settings.batch_size)
-    with swl.use_backend(job["backend"]), tqdm(total=steps, unit="step", leave=False, desc=job["head"]) as bar:
+    with tqdm(total=steps, unit="step", leave=False, desc=head, disable=not shown) as bar:
 
         def on_step(loss: Any) -> None:
-            if bar.n % 10 == 0:  # a device is waited for only now and then
+            if shown and bar.n % 10 == 0:  # a device is waited for only now and then
                 bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
             bar.update()
 
-        result = train(train_ids, held_out, job["n_words"], settings, job["head"], on_step)
-    print(json.dumps(result._asdict()))
+        yield on_step
 
 
 if __name__ == "__main__":

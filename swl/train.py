@@ -19,7 +19,7 @@ from swl.distributed.training import accuracy as spread_accuracy
 from swl.distributed.training import collect, rows_here, spread
 from swl.gradcheck import GradientReport
 
-__all__ = ["Epoch", "Result", "Settings", "plot", "save", "train"]
+__all__ = ["Epoch", "Result", "Settings", "fit", "plot", "save", "train"]
 
 
 class Settings(NamedTuple):
@@ -74,7 +74,7 @@ def train(
     settings: Settings,
     *,
     on_start: Callable[[swl.Sequential, GradientReport, int], None] = lambda net, report, steps: None,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[Any], None] = lambda loss: None,
     on_epoch: Callable[[int, Epoch], None] = lambda number, epoch: None,
     grid: Grid | None = None,
     checkpoints: Checkpoints | None = None,
@@ -86,7 +86,8 @@ def train(
     data : Data
     settings : Settings
     on_start, on_step, on_epoch : callables
-        Told about the network, its gradient check and the number of steps; each step; each epoch.
+        Told about the network, its gradient check and the number of steps; the loss of each step, a 0-d array; each
+        epoch.
     grid : swl.distributed.Grid, optional
         Ranks to spread network and batches over; all of them call this together, with the same data and settings.
     checkpoints : swl.distributed.Checkpoints, optional
@@ -106,46 +107,119 @@ def train(
 
     training, validation, test = map(ready, parts)
     net: Any = build(data.x.shape[1], data.n_classes, settings, rng)
-    rows, size = len(training.x), settings.batch_size
-    per_epoch = math.ceil(rows / size)
-    on_start(net, swl.check_gradients(net, training.x[:8], training.t[:8], projections=3), settings.epochs * per_epoch)
-
+    steps = settings.epochs * math.ceil(len(training.x) / settings.batch_size)
+    on_start(net, swl.check_gradients(net, training.x[:8], training.t[:8], projections=3), steps)
     if grid is not None:
         net = spread(net, grid)
-    parameters, optimizer = net.parameters(), swl.AdamW(settings.lr, weight_decay=WEIGHT_DECAY)
-    history: list[Epoch] = []
-    if checkpoints is not None and (found := checkpoints.load(net, optimizer)) is not None:
-        if found[1]["settings"] != list(settings):
-            raise DataError(f"{checkpoints.folder} is of a run with other settings: {found[1]['settings']}")
-        history = [Epoch(*epoch) for epoch in found[1]["history"]]
-    seconds, done = 0.0, len(history)
-    for number in range(1, settings.epochs + 1):
-        begin, total = time.perf_counter(), 0.0
-        order = swl.asarray(rng.permutation(rows))
-        step = (number - 1) * per_epoch
-        if number <= done:
-            continue
-        for start in range(0, rows, size):
-            batch = order[start : start + size]
-            optimizer.lr = settings.lr * 0.5 * (1 + math.cos(math.pi * step / (settings.epochs * per_epoch)))
-            here = batch if grid is None else rows_here(batch, grid)
-            loss, _ = net.forward_backward(training.x[here], training.t[here])
-            optimizer.update(parameters, net.gradients())
-            total = total + loss * len(batch)
-            step += 1
-            on_step()
-        mean = float(total) / rows  # on a GPU, the one wait of an epoch
-        seconds += time.perf_counter() - begin
-        history.append(Epoch(mean, accuracy(net, validation, grid)))
-        on_epoch(number, history[-1])
-        if checkpoints is not None:
-            checkpoints.save(number, net, optimizer, {"history": history, "settings": settings})
+
+    def batch(rows: Any) -> tuple[Any, Any]:
+        here = swl.asarray(rows)
+        return training.x[here], training.t[here]
+
+    def after(number: int, loss: float) -> Epoch:
+        epoch = Epoch(loss, accuracy(net, validation, grid))
+        on_epoch(number, epoch)
+        return epoch
+
+    optimizer = swl.AdamW(settings.lr, weight_decay=WEIGHT_DECAY)
+    history, speed = fit(
+        net,
+        optimizer,
+        batch,
+        len(training.x),
+        settings,
+        rng,
+        after,
+        on_step=on_step,
+        grid=grid,
+        checkpoints=checkpoints,
+    )
     test_accuracy = accuracy(net, test, grid)
     if grid is not None:
         net = collect(net)
     _absorb(net, shift, scale)
-    trained = (settings.epochs - done) * rows
-    return Result(net, history, test_accuracy, trained / seconds if trained else 0.0)
+    return Result(net, [Epoch(*epoch) for epoch in history], test_accuracy, speed)
+
+
+def fit(
+    net: Any,
+    optimizer: Any,
+    batch: Callable[[Any], tuple[Any, Any]],
+    rows: int,
+    settings: Any,
+    rng: np.random.Generator,
+    after: Callable[[int, float], Any],
+    *,
+    on_step: Callable[[Any], None] = lambda loss: None,
+    grid: Grid | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> tuple[list[Any], float]:
+    """Train epoch by epoch, in batches of rows in random order, with a learning rate that falls to 0 along a cosine.
+
+    Parameters
+    ----------
+    net : Sequential or DataParallel
+        DataParallel where there is a `grid`.
+    optimizer : swl.SGD or swl.AdamW
+    batch : callable
+        Takes row numbers, NumPy int64 (n,), and gives the inputs and targets of these rows.
+    rows : int
+        Rows in all.
+    settings : NamedTuple
+        With `epochs`, `batch_size` and `lr`; a checkpoint is of a run with the same settings.
+    rng : numpy.random.Generator
+        Of the order of the rows: in the same state on all ranks.
+    after : callable
+        Takes the number of an epoch, from 1, and the mean loss over its rows in nats; gives what the history is to hold
+        of it, which JSON must be able to.
+    on_step : callable
+        Told the loss of each step, a 0-d array of the backend.
+    grid : swl.distributed.Grid, optional
+        Each rank takes its share of the rows of each batch.
+    checkpoints : swl.distributed.Checkpoints, optional
+        Where to save after each epoch; training goes on from the last one there.
+
+    Returns
+    -------
+    history : list
+    speed : float
+        Rows per second; 0 if there was nothing left to do.
+
+    Raises
+    ------
+    swl.data.DataError
+        If the last checkpoint is of a run with other settings or data, or damaged.
+    """
+    run = {"settings": list(settings), "rows": rows}
+    history: list[Any] = []
+    if checkpoints is not None:
+        try:
+            found = checkpoints.load(net, optimizer, expect=run)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        history = [] if found is None else found[1]["history"]
+    parameters, size = net.parameters(), settings.batch_size
+    per_epoch, done, seconds = math.ceil(rows / size), len(history), 0.0
+    for number in range(1, settings.epochs + 1):
+        order = rng.permutation(rows)
+        if number <= done:
+            continue
+        begin, total = time.perf_counter(), 0.0
+        for i in range(per_epoch):
+            chosen = order[i * size : (i + 1) * size]
+            step = (number - 1) * per_epoch + i
+            optimizer.lr = settings.lr * 0.5 * (1 + math.cos(math.pi * step / (settings.epochs * per_epoch)))
+            loss, _ = net.forward_backward(*batch(chosen if grid is None else rows_here(chosen, grid)))
+            optimizer.update(parameters, net.gradients())
+            total = total + loss * len(chosen)
+            on_step(loss)
+        mean = float(total) / rows  # on a GPU, the one wait of an epoch
+        seconds += time.perf_counter() - begin
+        history.append(after(number, mean))
+        if checkpoints is not None:
+            checkpoints.save(number, net, optimizer, {"history": history, **run})
+    trained = (len(history) - done) * rows
+    return history, trained / seconds if trained else 0.0
 
 
 def accuracy(net: Any, part: Part, grid: Grid | None = None) -> float:

@@ -203,8 +203,49 @@ def test_train_goes_on_from_its_checkpoint(alone: list[str], tmp_path: Path) -> 
             np.testing.assert_allclose(file[name], before[name], rtol=1e-6, atol=1e-9)
     status, out, err = end(start(2, *SWL, *arguments, "--lr", "7"))
     assert status == 2
-    assert re.search(r"^swl: .* is of a run with other settings", err, re.M)
+    assert re.search(r"^swl: .* is of another run: its settings is \[20, 2, .*, expected is \[20, 2, .*7.0", err, re.M)
     assert progress(out) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_language_model_on_many_ranks_learns_as_on_one(ranks: int) -> None:
+    """Words that the ranks cannot share evenly, batches of a single word, held-out words over all ranks."""
+    first = on(ranks, HERE / "text.py")
+    assert "runs" in first
+    if ranks == 4:
+        assert on(ranks, HERE / "text.py") == first, "another run, other bits"
+
+
+TEXT = ("train", "text", "--limit", "3000", "--hidden", "8", "--embedding", "6", "--batch-size", "900", "--seed", "3")
+
+
+def test_train_text_on_many_ranks_prints_what_one_prints(tmp_path: Path) -> None:
+    """Every line once, the losses to 8 places; and it goes on from its checkpoint, on other ranks."""
+    arguments = (*TEXT, "--epochs", "2", "--dtype", "float64")
+    command = [sys.executable, *SWL, *arguments, "--head", "fused"]
+    alone = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True).stdout
+    want = re.findall("epoch.*|test perplexity.*", alone)
+    assert len(want) == 3
+    out = on(4, *SWL, *arguments, "--class-parallel", "2", "--checkpoint", tmp_path / "run")
+    assert re.findall("epoch.*|test perplexity.*", out) == want
+    assert out.splitlines()[:2] == [alone.splitlines()[0], "4 ranks: rows over 2, classes over 2"]
+    assert len(out.splitlines()) == 6
+    shutil.rmtree(tmp_path / "run" / "step-00000002")  # as if killed in the second epoch
+    resumed = on(3, *SWL, *arguments, "--class-parallel", "3", "--checkpoint", tmp_path / "run")
+    assert re.findall("epoch.*|test perplexity.*", resumed) == want[1:]
+    other = (*arguments, "--limit", "9000", "--class-parallel", "2", "--checkpoint", tmp_path / "run")
+    status, out, err = end(start(2, *SWL, *other))
+    assert status == 2
+    assert "epoch" not in out
+    assert re.search(r"^swl: .* is of another run: its rows is \d+, expected is \d+$", err, re.M)
+
+
+def test_the_unfused_head_is_not_spread() -> None:
+    status, _, err = end(start(2, *SWL, *TEXT, "--unfused"))
+    assert status == 2
+    assert err.splitlines() == [
+        "swl: --head unfused: over ranks there is only the fused head, of which each has a part"
+    ]
 
 
 def test_ranks_that_cannot_be_arranged_are_refused_once() -> None:

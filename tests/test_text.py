@@ -140,8 +140,11 @@ def test_the_command_trains_with_both_heads_and_compares(capsys: Any) -> None:
     assert re.match(r"backend numpy, float32; text: [\d,]+ words to train on, [\d,]+ held out, [\d,]+ distinct", out[0])
     line = r"perplexity ([\d.]+)  [\d,]+ tokens/s  peak memory (\d+) MiB, (\d+) MiB of it before the first step"
     fused, unfused = (
-        re.match(name + line, got) for name, got in zip((r"fused   ", r"unfused "), out[1:3], strict=True)
+        re.match(name + line, got) for name, got in zip((r"fused   ", r"unfused "), (out[3], out[6]), strict=True)
     )
+    for first, second in ((1, 4), (2, 5)):
+        losses = [re.match(rf"epoch   {first}  loss ([\d.]+)$", out[i])[1] for i in (first, second)]
+        assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-3)
     assert fused
     assert unfused
     assert float(fused[1]) == pytest.approx(float(unfused[1]), rel=1e-2)

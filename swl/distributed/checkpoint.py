@@ -126,13 +126,17 @@ class Checkpoints:
 
         agree(world, "Checkpoints.save", write_manifest)
 
-    def load(self, net: Any, optimizer: Any) -> tuple[int, dict[str, Any]] | None:
+    def load(
+        self, net: Any, optimizer: Any, expect: Mapping[str, Any] | None = None
+    ) -> tuple[int, dict[str, Any]] | None:
         """Bring network and optimiser to the state of the last complete checkpoint.
 
         Parameters
         ----------
         net, optimizer
             As for `save`: of the same names, shapes and dtypes over all ranks, whatever the shards.
+        expect : mapping, optional
+            What `extra` must hold, so that a run does not go on from another one's checkpoint.
 
         Returns
         -------
@@ -142,7 +146,7 @@ class Checkpoints:
         Raises
         ------
         ValueError
-            If the checkpoint is of another network, or a file is damaged.
+            If the checkpoint is of another run or network, or a file is damaged.
         RuntimeError
             If another rank could not load.
         """
@@ -153,6 +157,9 @@ class Checkpoints:
             if complete:
                 path, state = complete[-1]
                 found.append(state)
+                for name, value in (expect or {}).items():
+                    if (saved := state["extra"].get(name)) != value:
+                        raise ValueError(f"{path} is of another run: its {name} is {saved}, expected is {value}")
                 self._read(path, state, net, optimizer)
                 return f"step {state['step']}"
             return "no checkpoint"

@@ -245,6 +245,20 @@ def agree(comm: Any, what: str, describe: Callable[[], str]) -> None:
     raise ValueError(f"{what}: ranks disagree. Rank 0 has {texts[0]}; rank {other} has {texts[other]}")
 
 
+def from_rank_0(comm: Any, make: Callable[[], Any]) -> Any:
+    """Let rank 0 make something that can be pickled, and give it to all ranks; what it raises is raised on all."""
+    made, error = None, None
+    if comm.rank == 0:
+        try:
+            made = make()
+        except Exception as raised:
+            error = raised
+    made, error = comm.bcast((made, error), 0)
+    if error is not None:
+        raise error
+    return made
+
+
 # ------------------------------------------------------------------------------------------------ start and end
 
 

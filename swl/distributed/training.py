@@ -8,25 +8,31 @@ from swl.backends import active, get
 from swl.distributed.comm import Grid, gather_numbers, in_blocks
 from swl.distributed.data import DataParallel
 from swl.distributed.head import ClassParallelHead
+from swl.head import AffineSoftmaxWithLoss
 from swl.layers import Affine, Sequential, SoftmaxWithLoss
 
 __all__ = ["accuracy", "collect", "rows_here", "spread"]
 
 
 def spread(net: Sequential, grid: Grid) -> DataParallel:
-    """Spread a network over the ranks: the classes of its last `Affine` over a row of the grid, batches over a column.
+    """Spread a network over the ranks: the classes of its head over a row of the grid, batches over a column.
 
     Parameters
     ----------
     net : Sequential
-        Its last two layers are `Affine` and `SoftmaxWithLoss`; the same on all ranks.
+        Its head is an `AffineSoftmaxWithLoss`, or an `Affine` and a `SoftmaxWithLoss`; the same on all ranks.
     grid : Grid
     """
-    *body, last, loss = net.layers
-    if not (isinstance(last, Affine) and isinstance(loss, SoftmaxWithLoss)):
-        raise TypeError(f"the last two layers must be Affine and SoftmaxWithLoss, got {last!r} and {loss!r}")
-    head = ClassParallelHead.of(grid.classes, last.W, last.b, **loss.options._asdict())
-    return DataParallel(Sequential(*body, head), grid.data)
+    *body, loss = net.layers
+    head, keywords = loss, {}
+    if isinstance(loss, AffineSoftmaxWithLoss):
+        keywords["memory_budget"] = loss.memory_budget
+    elif isinstance(loss, SoftmaxWithLoss) and body and isinstance(body[-1], Affine):
+        head = body.pop()
+    else:
+        raise TypeError(f"the head must be an AffineSoftmaxWithLoss, or Affine and SoftmaxWithLoss, got {net!r}")
+    shard = ClassParallelHead.of(grid.classes, head.W, head.b, **keywords, **loss.options._asdict())
+    return DataParallel(Sequential(*body, shard), grid.data)
 
 
 def collect(net: DataParallel) -> Sequential:
