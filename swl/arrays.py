@@ -16,4 +16,8 @@ def to_numpy(x: Any) -> Any:
 
 def beside(array: Any, values: Any) -> Any:
     """Bring NumPy `values` to where `array` is."""
-    return values if isinstance(array, np.ndarray | np.generic) else resolve(None, {"array": array}).asarray(values)
+    if isinstance(array, np.ndarray | np.generic):
+        return values
+    backend = resolve(None, {"array": array})
+    with backend.scope(array=array):
+        return backend.asarray(values)

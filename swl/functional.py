@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Unpack
 
-from swl.backends import resolve
+from swl.backends import Backend, resolve
 from swl.checks import affine_parameters, check_needs
 from swl.fused import DEFAULT_BUDGET
 from swl.passes import AffinePass, LinearPass, cross_entropy_forward, one_sweep
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-def affine(x: Any, W: Any, b: Any = None) -> Any:
+def affine(x: Any, W: Any, b: Any = None, *, stream: Any = None) -> Any:
     """Compute the affine map ``y = x·W + b``.
 
     Parameters
@@ -35,6 +35,8 @@ def affine(x: Any, W: Any, b: Any = None) -> Any:
         Inputs; integers are converted to the dtype of `W`. Any strides.
     W : array, shape (D, K), floating
     b : array, shape (K,), floating, optional
+    stream : cupy.cuda.Stream, or an object with ``__cuda_stream__``, optional
+        Where the work goes, for arrays on a device; by default to CuPy's current stream for that device.
 
     Returns
     -------
@@ -53,12 +55,13 @@ def affine(x: Any, W: Any, b: Any = None) -> Any:
     array([[11., 22.]])
     """
     backend = resolve(None, {"x": x, "W": W, "b": b})
-    W, b = affine_parameters(backend, W, b)
-    return AffinePass.of(backend, x, W).forward(b)
+    with backend.scope(stream, x=x, W=W, b=b):
+        W, b = affine_parameters(backend, W, b)
+        return AffinePass.of(backend, x, W).forward(b)
 
 
 def affine_backward(
-    dout: Any, x: Any, W: Any, *, needs: Iterable[str] = ("dx", "dW", "db")
+    dout: Any, x: Any, W: Any, *, needs: Iterable[str] = ("dx", "dW", "db"), stream: Any = None
 ) -> tuple[Any | None, Any | None, Any | None]:
     """Compute the gradients of an affine map: ``dx = dout·Wᵀ``, ``dW = xᵀ·dout``, ``db = Σ_n dout``.
 
@@ -70,6 +73,7 @@ def affine_backward(
         The operands of the forward call.
     needs : iterable of {"dx", "dW", "db"}
         The gradients to compute.
+    stream : as for `affine`
 
     Returns
     -------
@@ -90,11 +94,14 @@ def affine_backward(
     (True, [[1.0, 1.0], [2.0, 2.0]], [1.0, 1.0])
     """
     backend = resolve(None, {"x": x, "W": W, "dout": dout})
-    W, _ = affine_parameters(backend, W, None)
-    return AffinePass.of(backend, x, W).backward(dout, check_needs(needs))
+    with backend.scope(stream, x=x, W=W, dout=dout):
+        W, _ = affine_parameters(backend, W, None)
+        return AffinePass.of(backend, x, W).backward(dout, check_needs(needs))
 
 
-def cross_entropy(logits: Any, target: Any, *, stats: bool = False, **options: Unpack[OptionKwargs]) -> Any:
+def cross_entropy(
+    logits: Any, target: Any, *, stats: bool = False, stream: Any = None, **options: Unpack[OptionKwargs]
+) -> Any:
     r"""Compute the softmax cross-entropy of logits against class ids or probabilities, forward only.
 
     Per row, with the target row ``y`` of `swl.targets` and ``A = Σ_c y_c``::
@@ -109,6 +116,7 @@ def cross_entropy(logits: Any, target: Any, *, stats: bool = False, **options: U
         Class ids, or probabilities (one-hot included).
     stats : bool
         Also return a `RowStats` of the same pass.
+    stream : as for `affine`
     **options
         The fields of `swl.targets.Options`: ``weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss,
         softcap, denominator, backend, check``.
@@ -139,9 +147,8 @@ def cross_entropy(logits: Any, target: Any, *, stats: bool = False, **options: U
     >>> swl.cross_entropy(np.zeros((2, 4)), np.array([0, 3]))
     array(1.38629436)
     """
-    done = cross_entropy_forward(logits, target, Options.checked(options), stats)
-    loss = done.problem.reduce(done.rows.loss)
-    return (loss, done.problem.stats(done.rows)) if stats else loss
+    done = cross_entropy_forward(logits, target, Options.checked(options), stats, stream)
+    return (done.loss, done.problem.stats(done.rows)) if stats else done.loss
 
 
 def cross_entropy_value_and_grad(
@@ -151,6 +158,7 @@ def cross_entropy_value_and_grad(
     dout: Any = 1.0,
     out: Any = None,
     stats: bool = False,
+    stream: Any = None,
     **options: Unpack[OptionKwargs],
 ) -> Any:
     """Compute the loss of `cross_entropy` and its gradient with respect to the logits, in one sweep.
@@ -161,7 +169,7 @@ def cross_entropy_value_and_grad(
 
     Parameters
     ----------
-    logits, target, stats, **options
+    logits, target, stats, stream, **options
         As for `cross_entropy`.
     dout : number or 0-d array; under ``reduction="none"`` also shape (...)
         Gradient of what follows with respect to the loss.
@@ -189,16 +197,8 @@ def cross_entropy_value_and_grad(
     array([[-0.25,  0.25],
            [ 0.25, -0.25]])
     """
-    return value_and_grad(logits, target, Options.checked(options), dout, out, stats)
-
-
-def value_and_grad(
-    logits: Any, target: Any, options: Options, dout: Any = 1.0, out: Any = None, stats: bool = False
-) -> Any:
-    """Run `cross_entropy_value_and_grad` with options that were checked before."""
-    done, grad = one_sweep(logits, target, options, dout, out, stats)
-    loss = done.problem.reduce(done.rows.loss)
-    return (loss, grad, done.problem.stats(done.rows)) if stats else (loss, grad)
+    done, grad = one_sweep(logits, target, Options.checked(options), dout, out, stats, stream)
+    return (done.loss, grad, done.problem.stats(done.rows)) if stats else (done.loss, grad)
 
 
 def linear_cross_entropy(
@@ -209,6 +209,7 @@ def linear_cross_entropy(
     *,
     memory_budget: int = DEFAULT_BUDGET,
     stats: bool = False,
+    stream: Any = None,
     **options: Unpack[OptionKwargs],
 ) -> Any:
     """Compute the cross-entropy of ``x·W + b`` without storing the logits, forward only.
@@ -229,6 +230,7 @@ def linear_cross_entropy(
         same result up to rounding.
     stats : bool
         Also return a `RowStats` of the same sweep.
+    stream : as for `affine`
     **options
         As for `cross_entropy`.
 
@@ -253,9 +255,13 @@ def linear_cross_entropy(
     >>> swl.linear_cross_entropy(np.ones((2, 3)), np.zeros((3, 4)), np.array([0, 3]))
     array(1.38629436)
     """
-    done = _linear(x, W, target, b, memory_budget, options)
-    rows = done.forward(stats)
-    loss = done.problem.reduce(rows.loss)
+    checked = Options.checked(options)
+    backend = _linear_backend(x, W, target, b, checked)
+    with backend.scope(stream, x=x, W=W, target=target):
+        W, b = affine_parameters(backend, W, b)
+        done = LinearPass.of(backend, x, W, b, target, checked, memory_budget)
+        rows = done.forward(stats)
+        loss = done.problem.reduce(rows.loss)
     return (loss, done.problem.stats(rows)) if stats else loss
 
 
@@ -269,13 +275,14 @@ def linear_cross_entropy_value_and_grad(
     needs: Iterable[str] = ("dx", "dW", "db"),
     memory_budget: int = DEFAULT_BUDGET,
     stats: bool = False,
+    stream: Any = None,
     **options: Unpack[OptionKwargs],
 ) -> Any:
     """Compute the loss of `linear_cross_entropy` and its gradients in one sweep: three matrix products in all.
 
     Parameters
     ----------
-    x, W, target, b, memory_budget, stats, **options
+    x, W, target, b, memory_budget, stats, stream, **options
         As for `linear_cross_entropy`.
     dout : number or 0-d array; under ``reduction="none"`` also shape (...)
         Gradient of what follows with respect to the loss.
@@ -305,22 +312,25 @@ def linear_cross_entropy_value_and_grad(
     array([[-0.5,  0.5]])
     """
     wanted = check_needs(needs)
-    done = _linear(x, W, target, b, memory_budget, options)
-    rows, gradients = done.gradients(dout, wanted, stats=stats)
-    loss = done.problem.reduce(rows.loss)
+    checked = Options.checked(options)
+    backend = _linear_backend(x, W, target, b, checked, dout)
+    with backend.scope(stream, x=x, W=W, target=target):
+        W, b = affine_parameters(backend, W, b)
+        done = LinearPass.of(backend, x, W, b, target, checked, memory_budget)
+        rows, gradients = done.gradients(dout, wanted, stats=stats)
+        loss = done.problem.reduce(rows.loss)
     return (loss, gradients, done.problem.stats(rows)) if stats else (loss, gradients)
 
 
-def _linear(x: Any, W: Any, target: Any, b: Any, memory_budget: int, options: OptionKwargs) -> LinearPass:
-    checked = Options.checked(options)
+def _linear_backend(x: Any, W: Any, target: Any, b: Any, options: Options, dout: Any = None) -> Backend:
     arrays = {
         "x": x,
         "W": W,
         "target": target,
         "b": b,
-        "weight": checked.weight,
-        "sample_weight": checked.sample_weight,
+        "weight": options.weight,
+        "sample_weight": options.sample_weight,
+        "denominator": options.denominator,
+        "dout": dout,
     }
-    backend = resolve(checked.backend, arrays)
-    W, b = affine_parameters(backend, W, b)
-    return LinearPass.of(backend, x, W, b, target, checked, memory_budget)
+    return resolve(options.backend, arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -80,7 +81,9 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
         super().__init__(W, b, asked=checked.backend)
         here = get(self.backend)
         arrays = {"weight": checked.weight, "sample_weight": checked.sample_weight}
-        self.options = checked._replace(**{name: bring(here, name, a) for name, a in arrays.items() if a is not None})
+        with self._scope(**arrays):
+            placed = {name: bring(here, name, a) for name, a in arrays.items() if a is not None}
+        self.options = checked._replace(**placed)
         self.memory_budget = memory_budget
         self.t: Any = None
         self.loss: Any = None
@@ -99,8 +102,9 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
         -------
         0-d array, or shape (...) under ``reduction="none"``
         """
-        done = self._pass(x, t)
-        return self._keep(done, done.forward(), t)
+        with self._scope(x=x, t=t):
+            done = self._pass(x, t)
+            return self._keep(done, done.forward(), t)
 
     def backward(self, dout: Any = 1) -> Any:
         """Compute the gradient of the inputs, ``dout·∂loss/∂x``, and leave `dW` and `db` on the layer.
@@ -122,7 +126,8 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
             Before the first `forward`.
         """
         done, rows = self._last_forward()
-        _, (dx, self.dW, self.db) = done.gradients(dout, ("dx", "dW", "db"), known=rows)
+        with done.problem.backend.scope(W=done.W, dout=dout):
+            _, (dx, self.dW, self.db) = done.gradients(dout, ("dx", "dW", "db"), known=rows)
         return dx
 
     def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
@@ -132,18 +137,20 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
         -------
         loss, dx : arrays
         """
-        done = self._pass(x, t)
-        rows, (dx, dW, db) = done.gradients(dout, ("dx", "dW", "db"))
-        self.dW, self.db = dW, db
-        return self._keep(done, rows, t), dx
+        with self._scope(x=x, t=t, dout=dout):
+            done = self._pass(x, t)
+            rows, (dx, dW, db) = done.gradients(dout, ("dx", "dW", "db"))
+            self.dW, self.db = dW, db
+            return self._keep(done, rows, t), dx
 
     def predict(self, x: Any) -> Any:
         """Compute the scores ``x·W + b``, shape (..., C), as `Affine` does: without softcap and softmax.
 
         The result is the only array of that size.
         """
-        done = AffinePass.of(get(self.backend), bring(get(self.backend), "x", x), self._W)
-        return done.forward(self._b, self.memory_budget)
+        with self._scope(x=x):
+            done = AffinePass.of(get(self.backend), bring(get(self.backend), "x", x), self._W)
+            return done.forward(self._b, self.memory_budget)
 
     def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
         """Find the k most probable classes of each row, within the memory budget.
@@ -181,16 +188,17 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
             raise TypeError(f"k must be an integer, got {k!r} of type {type(k).__name__}")
         if not 1 <= k <= C:
             raise ValueError(f"k must be in [1, {C}], the number of classes, got {k}")
-        done = AffinePass.of(backend, bring(backend, "x", x), self._W)
-        x2, shape = done.x2, (*done.leading, int(k))
-        N, D = x2.shape
-        acc = acc_dtype(backend.xp.result_type(*(a for a in (x2, self._W, self._b) if a is not None)))
-        cut = plan(N, D, C, dtype=acc, needs=(), memory_budget=max(1, self.memory_budget // SELECTING))
-        ids, log_probs = backend.empty((N, int(k)), np.int64), backend.empty((N, int(k)), acc)
-        buffer = backend.empty((min(cut.rows, N) * cut.classes,), acc)
-        for r0, r1 in cuts(N, cut.rows):
-            ids[r0:r1], log_probs[r0:r1] = self._top_rows(backend, x2[r0:r1], int(k), cut.classes, buffer)
-        return ids.reshape(shape), log_probs.reshape(shape)
+        with self._scope(x=x):
+            done = AffinePass.of(backend, bring(backend, "x", x), self._W)
+            x2, shape = done.x2, (*done.leading, int(k))
+            N, D = x2.shape
+            acc = acc_dtype(backend.xp.result_type(*(a for a in (x2, self._W, self._b) if a is not None)))
+            cut = plan(N, D, C, dtype=acc, needs=(), memory_budget=max(1, self.memory_budget // SELECTING))
+            ids, log_probs = backend.empty((N, int(k)), np.int64), backend.empty((N, int(k)), acc)
+            buffer = backend.empty((min(cut.rows, N) * cut.classes,), acc)
+            for r0, r1 in cuts(N, cut.rows):
+                ids[r0:r1], log_probs[r0:r1] = self._top_rows(backend, x2[r0:r1], int(k), cut.classes, buffer)
+            return ids.reshape(shape), log_probs.reshape(shape)
 
     def _top_rows(self, backend: Backend, x: Any, k: int, classes: int, buffer: Any) -> tuple[Any, Any]:
         """Sweep some rows over chunks of classes, and keep the best so far."""
@@ -215,6 +223,9 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
         assert rows is not None  # there is a class
         with np.errstate(invalid="ignore"):
             return ids, z - rows.row_max[:, None] - rows.log_sum[:, None]
+
+    def _scope(self, **arrays: Any) -> AbstractContextManager[object]:
+        return get(self.backend).scope(W=self._W, **arrays)
 
     def _pass(self, x: Any, t: Any) -> LinearPass:
         backend = get(self.backend)

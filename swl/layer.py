@@ -10,7 +10,7 @@ import numpy as np
 
 from swl import checks
 from swl.arrays import beside, to_numpy
-from swl.backends import Backend, active, get, resolve
+from swl.backends import Backend, active, get, resolve, scope
 from swl.targets import Options
 
 __all__ = ["Layer", "WithAffineParameters", "bring", "describe"]
@@ -115,7 +115,8 @@ class Layer:
             if not getattr(p.flags, "writeable", True):
                 raise ValueError(f"parameter {name!r} is read-only")
         for name, p in parameters.items():
-            p[...] = beside(p, values[name].astype(p.dtype))
+            with scope(p=p):
+                p[...] = beside(p, values[name].astype(p.dtype))
 
     def _last_forward(self) -> Any:
         if self._saved is None:
@@ -187,8 +188,9 @@ class WithAffineParameters(Layer):
 
     def _place(self, W: Any, b: Any) -> None:
         backend = get(self.backend)
-        b = None if b is None else bring(backend, "b", b)
-        self._W, self._b = checks.affine_parameters(backend, bring(backend, "W", W), b)
+        with backend.scope(W=W, b=b):
+            b = None if b is None else bring(backend, "b", b)
+            self._W, self._b = checks.affine_parameters(backend, bring(backend, "W", W), b)
 
     @property
     def x(self) -> Any:

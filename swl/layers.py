@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from swl import checks, passes
+from swl.arrays import beside
 from swl.backends import active, get, resolve
 from swl.head import AffineSoftmaxWithLoss
 from swl.layer import Layer, WithAffineParameters, bring, describe
@@ -90,8 +91,9 @@ class Affine(WithAffineParameters):
 
     def _run(self, x: Any) -> tuple[Any, passes.AffinePass]:
         backend = get(self.backend)
-        done = passes.AffinePass.of(backend, bring(backend, "x", x), self._W)
-        return done.forward(self._b), done
+        with backend.scope(W=self._W, x=x):
+            done = passes.AffinePass.of(backend, bring(backend, "x", x), self._W)
+            return done.forward(self._b), done
 
     def backward(self, dout: Any) -> Any:
         """Compute ``dx = dout·Wᵀ``, and leave ``dW = xᵀ·dout`` and ``db = Σ_n dout`` on the layer.
@@ -112,7 +114,8 @@ class Affine(WithAffineParameters):
         """
         done = self._last_forward()
         needs = ("dx", "dW") if self._b is None else ("dx", "dW", "db")
-        dx, self.dW, self.db = done.backward(dout, needs)
+        with done.backend.scope(W=done.W, dout=dout):
+            dx, self.dW, self.db = done.backward(dout, needs)
         return dx
 
     def __repr__(self) -> str:
@@ -135,17 +138,18 @@ class ReLU(Layer):
 
     def _run(self, x: Any) -> tuple[Any, Any]:
         backend = resolve(None, {"x": x})
-        x = checks.float_array(backend, "x", x)
-        with np.errstate(invalid="ignore"):  # NumPy's bfloat16 warns of NaN
+        with backend.scope(x=x), np.errstate(invalid="ignore"):  # NumPy's bfloat16 warns of NaN
+            x = checks.float_array(backend, "x", x)
             return backend.xp.maximum(x, x.dtype.type(0)), (backend, x.dtype, x <= 0)
 
     def backward(self, dout: Any) -> Any:
         """Compute ``dx = dout·[x > 0]`` in a new array, exactly 0 where ``x <= 0`` whatever `dout` is there."""
         backend, dtype, mask = self._last_forward()
-        dout = checks.float_array(backend, "dout", dout)
-        checks.require_shape("dout", dout, mask.shape, "the shape of x")
-        dx = backend.xp.where(mask, dout.dtype.type(0), dout)
-        return dx if dx.dtype == dtype else dx.astype(dtype)
+        with backend.scope(x=mask, dout=dout):
+            dout = checks.float_array(backend, "dout", dout)
+            checks.require_shape("dout", dout, mask.shape, "the shape of x")
+            dx = backend.xp.where(mask, dout.dtype.type(0), dout)
+            return dx if dx.dtype == dtype else dx.astype(dtype)
 
 
 Relu = ReLU  # the book's spelling
@@ -168,18 +172,20 @@ class Sigmoid(Layer):
 
     def _run(self, x: Any) -> tuple[Any, Any]:
         backend = resolve(None, {"x": x})
-        x = checks.float_array(backend, "x", x)
-        xp, acc = backend.xp, checks.acc_dtype(x.dtype)  # 16-bit input computes in float32
-        e = xp.exp(-xp.abs(x.astype(acc, copy=False)))
-        y = xp.where(x < 0, e, acc.type(1)) / (1 + e)
-        return y.astype(x.dtype, copy=False), (backend, x.dtype, e / (1 + e) ** 2)
+        with backend.scope(x=x):
+            x = checks.float_array(backend, "x", x)
+            xp, acc = backend.xp, checks.acc_dtype(x.dtype)  # 16-bit input computes in float32
+            e = xp.exp(-xp.abs(x.astype(acc, copy=False)))
+            y = xp.where(x < 0, e, acc.type(1)) / (1 + e)
+            return y.astype(x.dtype, copy=False), (backend, x.dtype, e / (1 + e) ** 2)
 
     def backward(self, dout: Any) -> Any:
         """Compute ``dx = dout·∂y/∂x`` in a new array."""
         backend, dtype, slope = self._last_forward()
-        dout = checks.float_array(backend, "dout", dout)
-        checks.require_shape("dout", dout, slope.shape, "the shape of x")
-        return (dout * slope).astype(dtype, copy=False)
+        with backend.scope(x=slope, dout=dout):
+            dout = checks.float_array(backend, "dout", dout)
+            checks.require_shape("dout", dout, slope.shape, "the shape of x")
+            return (dout * slope).astype(dtype, copy=False)
 
 
 class SoftmaxWithLoss(Layer):
@@ -225,17 +231,18 @@ class SoftmaxWithLoss(Layer):
         if plain and type(x) is type(t) is np.ndarray:
             return x, t, options  # the function brings the two where they belong
         backend = resolve(options.backend, {"x": x})
-        if type(x) is not np.ndarray or backend.xp is not np:
-            x = backend.asarray(x)
-        t = bring(backend, "t", t)
-        if plain:
-            return x, t, options
-        home = backend.name, str(getattr(x, "device", ""))
-        if home not in self._placed:
-            arrays = {"weight": options.weight, "sample_weight": options.sample_weight}
-            here = {name: bring(backend, name, a) for name, a in arrays.items() if a is not None}
-            self._placed[home] = options._replace(**here)
-        return x, t, self._placed[home]
+        with backend.scope(x=x, t=t):
+            if type(x) is not np.ndarray or backend.xp is not np:
+                x = backend.asarray(x)
+            t = bring(backend, "t", t)
+            if plain:
+                return x, t, options
+            home = backend.name, str(getattr(x, "device", ""))
+            if home not in self._placed:
+                arrays = {"weight": options.weight, "sample_weight": options.sample_weight}
+                here = {name: bring(backend, name, a) for name, a in arrays.items() if a is not None}
+                self._placed[home] = options._replace(**here)
+            return x, t, self._placed[home]
 
     def forward(self, x: Any, t: Any) -> Any:  # type: ignore[override]
         """Compute the loss.
@@ -277,6 +284,7 @@ class SoftmaxWithLoss(Layer):
         loss, dx : arrays
         """
         x, t, options = self._inputs(x, t)
+        dout = beside(x, dout) if type(dout) is np.ndarray else dout
         done, dx = passes.one_sweep(x, t, options, dout)
         return self._keep(done, t), dx
 
@@ -285,8 +293,7 @@ class SoftmaxWithLoss(Layer):
         return x
 
     def _keep(self, done: passes.Pass, t: Any) -> Any:
-        self._saved, self._y, self.t = done, None, t
-        self.loss = done.problem.reduce(done.rows.loss)
+        self._saved, self._y, self.t, self.loss = done, None, t, done.loss
         return self.loss
 
     @property
@@ -341,7 +348,8 @@ class Embedding(Layer):
     def __init__(self, W: Any) -> None:
         self.backend = resolve(None, {"W": W}).name
         backend = get(self.backend)
-        self.W, _ = checks.affine_parameters(backend, bring(backend, "W", W), None)
+        with backend.scope(W=W):
+            self.W, _ = checks.affine_parameters(backend, bring(backend, "W", W), None)
         self.dW: Any = None
 
     @classmethod
@@ -354,32 +362,34 @@ class Embedding(Layer):
 
     def _run(self, x: Any) -> tuple[Any, Any]:
         backend = get(self.backend)
-        x = bring(backend, "x", x)
-        if x.dtype.kind not in "iu":
-            raise TypeError(f"x must hold ids of an integer dtype, got {x.dtype}")
-        V = self.W.shape[0]
-        if backend.xp is np and x.size and not (x.min() >= 0 and x.max() < V):
-            bad = x[(x < 0) | (x >= V)].flat[0]
-            raise ValueError(f"x must hold ids in [0, {V}), got {bad}")
-        return self.W[x], x
+        with backend.scope(W=self.W, x=x):
+            x = bring(backend, "x", x)
+            if x.dtype.kind not in "iu":
+                raise TypeError(f"x must hold ids of an integer dtype, got {x.dtype}")
+            V = self.W.shape[0]
+            if backend.xp is np and x.size and not (x.min() >= 0 and x.max() < V):
+                bad = x[(x < 0) | (x >= V)].flat[0]
+                raise ValueError(f"x must hold ids in [0, {V}), got {bad}")
+            return self.W[x], x
 
     def backward(self, dout: Any) -> None:
         """Leave ``dW``, where row v is the sum of `dout` over the places with id v, on the layer; ids have no gradient."""
         x = self._last_forward()
         backend = get(self.backend)
         xp, (V, D) = backend.xp, self.W.shape
-        dout = checks.float_array(backend, "dout", dout)
-        checks.require_shape("dout", dout, (*x.shape, D), "the shape of forward's result")
-        self.dW = xp.zeros((V, D), self.W.dtype)
-        if not x.size:
-            return
-        ids = x.reshape(-1)
-        order = xp.argsort(ids, kind="stable")  # the places of each id one after the other
-        starts = xp.searchsorted(ids[order], xp.arange(V + 1))
-        rows = backend.empty((ids.size + 1, D), checks.acc_dtype(dout.dtype))
-        rows[:-1], rows[-1] = dout.reshape(-1, D)[order], 0  # the last is where ids that do not occur may start
-        sums = xp.add.reduceat(rows, starts[:-1], axis=0)
-        self.dW[...] = xp.where((starts[1:] > starts[:-1])[:, None], sums, sums.dtype.type(0))
+        with backend.scope(W=self.W, dout=dout):
+            dout = checks.float_array(backend, "dout", dout)
+            checks.require_shape("dout", dout, (*x.shape, D), "the shape of forward's result")
+            self.dW = xp.zeros((V, D), self.W.dtype)
+            if not x.size:
+                return
+            ids = x.reshape(-1)
+            order = xp.argsort(ids, kind="stable")  # the places of each id one after the other
+            starts = xp.searchsorted(ids[order], xp.arange(V + 1))
+            rows = backend.empty((ids.size + 1, D), checks.acc_dtype(dout.dtype))
+            rows[:-1], rows[-1] = dout.reshape(-1, D)[order], 0  # the last is where ids that do not occur may start
+            sums = xp.add.reduceat(rows, starts[:-1], axis=0)
+            self.dW[...] = xp.where((starts[1:] > starts[:-1])[:, None], sums, sums.dtype.type(0))
 
     def __repr__(self) -> str:
         return f"Embedding({self.W.shape[0]}, {self.W.shape[1]})"

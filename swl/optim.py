@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from swl.backends import scope
 from swl.checks import acc_dtype, is_float
 
 __all__ = ["SGD", "AdamW"]
@@ -114,14 +115,15 @@ class SGD(_Optimizer):
         pairs = _pairs(params, grads)
         self.steps += 1
         for key, p, g in pairs:
-            if self.weight_decay:
-                g = g + self.weight_decay * p
-            if self.momentum:
-                (v,) = self._moments(key, p, 1)
-                v *= self.momentum
-                v += g
-                g = v
-            _subtract(p, self.lr * g)
+            with scope(params=p, grads=g):
+                if self.weight_decay:
+                    g = g + self.weight_decay * p
+                if self.momentum:
+                    (v,) = self._moments(key, p, 1)
+                    v *= self.momentum
+                    v += g
+                    g = v
+                _subtract(p, self.lr * g)
 
 
 class AdamW(_Optimizer):
@@ -169,14 +171,15 @@ class AdamW(_Optimizer):
         beta1, beta2 = self.betas
         fix1, fix2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
         for key, p, g in pairs:
-            m, s = self._moments(key, p, 2)
-            g = g.astype(m.dtype, copy=False)
-            m *= beta1
-            m += (1 - beta1) * g
-            s *= beta2
-            s += (1 - beta2) * (g * g)
-            step = m / (s**0.5 / fix2 + self.eps)
-            step *= self.lr / fix1
-            if self.weight_decay:
-                step += (self.lr * self.weight_decay) * p
-            _subtract(p, step)
+            with scope(params=p, grads=g):
+                m, s = self._moments(key, p, 2)
+                g = g.astype(m.dtype, copy=False)
+                m *= beta1
+                m += (1 - beta1) * g
+                s *= beta2
+                s += (1 - beta2) * (g * g)
+                step = m / (s**0.5 / fix2 + self.eps)
+                step *= self.lr / fix1
+                if self.weight_decay:
+                    step += (self.lr * self.weight_decay) * p
+                _subtract(p, step)

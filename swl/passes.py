@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,27 +70,29 @@ class Pass(NamedTuple):
     logits: Any  # as it came, (..., C)
     logits_nc: Any  # (N, C)
     rows: Rows
+    loss: Any  # reduced
 
     def backward(self, dout: Any = 1.0, out: Any = None) -> Any:
         """Compute ``dout · ∂loss/∂logits``; any number of times."""
         p = self.problem
-        scale = p.row_scale(dout)
-        grad = _Gradient.into(p, out, self.logits, self.logits_nc, scale)
-        p.backend.cross_entropy_backward(self.logits_nc, p.target, self.rows, scale, grad.nc)
-        return grad.finish()
+        with p.backend.scope(logits=self.logits, dout=dout, out=out):
+            scale = p.row_scale(dout)
+            grad = _Gradient.into(p, out, self.logits, self.logits_nc, scale)
+            p.backend.cross_entropy_backward(self.logits_nc, p.target, self.rows, scale, grad.nc)
+            return grad.finish()
 
     def probabilities(self) -> Any:
         """Compute softmax(z), shape (..., C), of the arithmetic's dtype."""
         p, xp, rows = self.problem, self.problem.backend.xp, self.rows
-        if p.target.ids is not None:  # a forward sweep without statistics may pass over ignored rows
-            rows = p.backend.cross_entropy_forward(self.logits_nc, p.target, True)
-        z = self.logits_nc.astype(p.acc)
-        if p.target.softcap:
-            z = p.target.softcap * xp.tanh(z / p.target.softcap)
-        with np.errstate(invalid="ignore"):  # a row of −inf is NaN, as everywhere
+        with p.backend.scope(logits=self.logits), np.errstate(invalid="ignore"):  # a row of −inf is NaN, as everywhere
+            if p.target.ids is not None:  # a forward sweep without statistics may pass over ignored rows
+                rows = p.backend.cross_entropy_forward(self.logits_nc, p.target, True)
+            z = self.logits_nc.astype(p.acc)
+            if p.target.softcap:
+                z = p.target.softcap * xp.tanh(z / p.target.softcap)
             z -= rows.row_max[:, None]
             z -= rows.log_sum[:, None]
-        return xp.exp(z, out=z).reshape(self.logits.shape)
+            return xp.exp(z, out=z).reshape(self.logits.shape)
 
 
 class _Gradient(NamedTuple):
@@ -114,10 +117,11 @@ class _Gradient(NamedTuple):
             raise ValueError("out is read-only")
         if out.size and any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
             raise ValueError(f"out must have a place for every element, got strides {out.strides}")
-        xp, target = backend.xp, p.target
+        target = p.target
 
-        def overlap(a: Any, b: Any) -> bool:  # the exact answer takes long, and on a device would wait for it
-            return bool(xp.may_share_memory(a, b)) and (xp is not np or np.shares_memory(a, b))
+        def overlap(a: Any, b: Any) -> bool:  # the exact answer takes long
+            a, b = _extent(a), _extent(b)
+            return np.may_share_memory(a, b) and np.shares_memory(a, b)
 
         same = out is logits or (out.strides == logits.strides and _address(out) == _address(logits))
         if not same and overlap(out, logits):
@@ -125,7 +129,7 @@ class _Gradient(NamedTuple):
         for name, other in (("target", target.probs), ("weight", target.weight), ("dout or sample_weight", scale)):
             if other is not None and overlap(out, other):
                 raise ValueError(f"out overlaps {name}")
-        return cls(xp, out, out if out.ndim == 2 else out.reshape(logits_nc.shape))
+        return cls(backend.xp, out, out if out.ndim == 2 else out.reshape(logits_nc.shape))
 
     def finish(self) -> Any:
         if self.whole is not self.nc and not self.xp.may_share_memory(self.whole, self.nc):
@@ -138,18 +142,32 @@ def _address(x: Any) -> int:
     return int(interface["data"][0])
 
 
-def logits_problem(logits: Any, target: Any, options: Options, out: Any = None) -> tuple[Problem, Any, Any]:
+def _extent(x: Any) -> np.ndarray[Any, Any]:
+    """See where an array lies as NumPy would, which looks at addresses alone: those of a device will do."""
+    if isinstance(x, np.ndarray):
+        return x
+    where = {"data": (_address(x), True), "shape": x.shape, "strides": x.strides, "typestr": f"|V{x.itemsize}"}
+    return np.asarray(SimpleNamespace(__array_interface__={**where, "version": 3}))
+
+
+def _loss_backend(logits: Any, target: Any, options: Options, dout: Any = None, out: Any = None) -> Backend:
+    arrays = {
+        "logits": logits,
+        "target": target,
+        "weight": options.weight,
+        "sample_weight": options.sample_weight,
+        "denominator": options.denominator,
+        "dout": dout,
+        "out": out,
+    }
+    return resolve(options.backend, arrays)
+
+
+def logits_problem(
+    logits: Any, target: Any, options: Options, backend: Backend | None = None
+) -> tuple[Problem, Any, Any]:
     """Check logits and target; also give the logits as an array, and that as (N, C)."""
-    backend = resolve(
-        options.backend,
-        {
-            "logits": logits,
-            "target": target,
-            "weight": options.weight,
-            "sample_weight": options.sample_weight,
-            "out": out,
-        },
-    )
+    backend = backend or _loss_backend(logits, target, options)
     logits = float_array(backend, "logits", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape (..., C) with at least one class, got {logits.shape}")
@@ -158,24 +176,34 @@ def logits_problem(logits: Any, target: Any, options: Options, out: Any = None) 
     return p, logits, logits if logits.ndim == 2 else logits.reshape(p.n_rows, C)
 
 
-def cross_entropy_forward(logits: Any, target: Any, options: Options, stats: bool = False) -> Pass:
+def cross_entropy_forward(logits: Any, target: Any, options: Options, stats: bool = False, stream: Any = None) -> Pass:
     """Run the forward sweep and keep what the backward sweep needs."""
-    p, logits, logits_nc = logits_problem(logits, target, options)
-    rows = p.backend.cross_entropy_forward(logits_nc, p.target, stats)
-    p.finish()
-    return Pass(p, logits, logits_nc, rows)
+    backend = _loss_backend(logits, target, options)
+    with backend.scope(stream, logits=logits, target=target):
+        p, logits, logits_nc = logits_problem(logits, target, options, backend)
+        rows = backend.cross_entropy_forward(logits_nc, p.target, stats)
+        p.finish()
+        return Pass(p, logits, logits_nc, rows, p.reduce(rows.loss))
 
 
 def one_sweep(
-    logits: Any, target: Any, options: Options, dout: Any = 1.0, out: Any = None, stats: bool = False
+    logits: Any,
+    target: Any,
+    options: Options,
+    dout: Any = 1.0,
+    out: Any = None,
+    stats: bool = False,
+    stream: Any = None,
 ) -> tuple[Pass, Any]:
     """Run forward and backward in one sweep and keep the pass, whose logits are gone if `out` overwrote them."""
-    p, logits, logits_nc = logits_problem(logits, target, options, out)
-    scale = p.row_scale(dout)
-    grad = _Gradient.into(p, out, logits, logits_nc, scale)
-    rows = p.backend.cross_entropy_forward_backward(logits_nc, p.target, scale, grad.nc, stats)
-    p.finish()
-    return Pass(p, logits, logits_nc, rows), grad.finish()
+    backend = _loss_backend(logits, target, options, dout, out)
+    with backend.scope(stream, logits=logits, target=target):
+        p, logits, logits_nc = logits_problem(logits, target, options, backend)
+        scale = p.row_scale(dout)
+        grad = _Gradient.into(p, out, logits, logits_nc, scale)
+        rows = backend.cross_entropy_forward_backward(logits_nc, p.target, scale, grad.nc, stats)
+        p.finish()
+        return Pass(p, logits, logits_nc, rows, p.reduce(rows.loss)), grad.finish()
 
 
 class LinearPass(NamedTuple):

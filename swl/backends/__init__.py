@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -41,6 +41,9 @@ class Rows(NamedTuple):
 class Backend(Protocol):
     """The operations. Arguments were checked by the caller and are arrays of this backend, two-dimensional.
 
+    Whoever chooses the backend of a call enters its `scope`, around everything that the call does: the functions, the
+    layers and the optimisers. Nothing else in the library knows of devices and streams.
+
     Matrices may have any strides. ``acc`` below is float64 for float64 operands and float32 for all others; sums are
     formed in it and each result is rounded once, to the dtype of the array it is written to.
     """
@@ -52,6 +55,13 @@ class Backend(Protocol):
     @property
     def xp(self) -> ModuleType:
         """The array library whose arrays the backend works on: numpy or cupy."""
+
+    def scope(self, stream: Any = None, /, **arrays: Any) -> AbstractContextManager[object]:
+        """Within it, work goes to the device of `arrays`, and there to `stream` or else to the current stream.
+
+        `arrays` may be of any library, on the host (they decide nothing), or no arrays at all. A device backend raises
+        TypeError, naming both, for arrays on two devices; a host backend does for a stream.
+        """
 
     def asarray(self, x: Any, dtype: Any = None) -> Any:
         """Bring `x` to this backend, without a copy where it is there already."""
@@ -120,6 +130,15 @@ class BackendInfo(NamedTuple):
     usable: bool
     reason: str
     """Why it is not usable here; empty if it is."""
+
+
+_NOTHING = nullcontext()
+
+
+def scope(**arrays: Any) -> AbstractContextManager[object]:
+    """Enter the `Backend.scope` of arrays of whatever backend; the first one decides which."""
+    first = next(iter(arrays.values()))
+    return _NOTHING if type(first) is np.ndarray else resolve(None, {"array": first}).scope(**arrays)
 
 
 def _known(name: object, source: str) -> str:
@@ -223,6 +242,8 @@ def _home(x: Any) -> tuple[str, str] | None:
     """Library and device of an array; None for lists, numbers and whatever else NumPy makes an array of."""
     if type(x) is np.ndarray:
         return "numpy", "host"
+    if isinstance(x, (int, float)):
+        return None
     library = type(x).__module__.partition(".")[0]
     if hasattr(x, "__cuda_array_interface__"):
         device = getattr(x, "device", None)

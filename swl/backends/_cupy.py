@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -188,6 +190,7 @@ def _power_of_two(n: int) -> int:
 # ------------------------------------------------------------------------------------------------ the backend
 
 _NULL = np.uint64(0)  # a pointer to nothing
+_DLPACK_CUDA = 2  # kDLCUDA of dlpack.h
 _i32, _i64 = np.int32, np.int64
 _PROBS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}  # probs_type in cross_entropy.cu
 
@@ -225,12 +228,53 @@ class CupyBackend:
         self._modules: dict[tuple[str, ...], Any] = {}
         self._module_of = {name: group for group, names in instances().items() for name in names}
 
+    # -------------------------------------------------------------------------------------------- where work goes
+
+    def scope(self, stream: Any = None, /, **arrays: Any) -> AbstractContextManager[object]:
+        found: tuple[str, Any] | None = None
+        for name, x in arrays.items():
+            device = self._device_of(x)
+            if device is not None and found is None:
+                found = name, device
+            elif device is not None and found is not None and device.id != found[1].id:
+                raise TypeError(
+                    f"{found[0]} is on cuda:{found[1].id} but {name} is on cuda:{device.id}; "
+                    "all arrays of a call must be on one device"
+                )
+        here = self.xp.cuda.Device() if found is None else found[1]
+        return here if stream is None else _on(here, self._stream(stream, here))
+
+    def _device_of(self, x: Any) -> Any:
+        """Give the device of an array of any library; None for whatever is not on a device."""
+        xp = self.xp
+        if isinstance(x, xp.ndarray):
+            return x.device
+        kind, index = x.__dlpack_device__() if hasattr(x, "__dlpack_device__") else (0, 0)
+        if kind == _DLPACK_CUDA:
+            return xp.cuda.Device(index)
+        # CuPy asks the driver whose the memory is
+        return xp.asarray(x).device if hasattr(x, "__cuda_array_interface__") else None
+
+    def _stream(self, stream: Any, device: Any) -> Any:
+        """Bring what a caller gave as `stream` to CuPy's form."""
+        cuda = self.xp.cuda
+        if not isinstance(stream, cuda.Stream | cuda.ExternalStream):
+            if not hasattr(stream, "__cuda_stream__"):
+                raise TypeError(
+                    "stream must be a cupy.cuda.Stream, or an object with __cuda_stream__ such as a torch.cuda.Stream, "
+                    f"got {stream!r} of type {type(stream).__name__}"
+                )
+            stream = cuda.Stream.from_external(stream)
+        if stream.device_id not in (-1, device.id):  # -1: not known
+            raise TypeError(f"stream is of cuda:{stream.device_id}, but the arrays are on cuda:{device.id}")
+        return stream
+
     # -------------------------------------------------------------------------------------------- arrays
 
     def asarray(self, x: Any, dtype: Any = None) -> Any:
         xp = self.xp
         if not isinstance(x, xp.ndarray):
-            if getattr(x, "__dlpack_device__", lambda: (0, 0))()[0] == 2:  # kDLCUDA; tells the producer our stream
+            if getattr(x, "__dlpack_device__", lambda: (0, 0))()[0] == _DLPACK_CUDA:  # tells the producer our stream
                 x = xp.from_dlpack(x)
             elif hasattr(x, "__cuda_array_interface__"):
                 x = xp.asarray(x)
@@ -602,6 +646,12 @@ class CupyBackend:
             capability = self.xp.cuda.Device(index).compute_capability
             found[f"device {index}"] = f"{name}, compute capability {capability[:-1]}.{capability[-1]}"
         return found
+
+
+@contextmanager
+def _on(device: Any, stream: Any) -> Iterator[None]:
+    with device, stream:
+        yield
 
 
 def _or_null(x: Any | None) -> Any:

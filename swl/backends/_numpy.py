@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,19 @@ def _acc(x: Any) -> Any:
     return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
 
 
+_NOTHING = nullcontext()
+
+
 class NumpyBackend:
     """See `swl.backends.Backend` for what each operation means."""
 
     name = "numpy"
     xp = np
+
+    def scope(self, stream: Any = None, /, **arrays: Any) -> AbstractContextManager[object]:
+        if stream is not None:
+            raise TypeError(f"stream is for arrays on a device, but this call is the host's (backend {self.name!r})")
+        return _NOTHING
 
     def asarray(self, x: Any, dtype: Any = None) -> Any:
         return np.asarray(x, dtype=dtype)

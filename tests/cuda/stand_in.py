@@ -15,6 +15,7 @@ New memory is full of NaN or of 0xAA bytes.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -64,12 +65,13 @@ def _waits(what: str) -> None:
 # ------------------------------------------------------------------------------------------------ devices, streams
 
 
-class _Current(threading.local):
-    device = 0
-
-
-_current = _Current()
 N_DEVICES = 2
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.device = 0
+        self.streams: list[list[Any]] = [[Stream.null] for _ in range(N_DEVICES)]
 
 
 class Device:
@@ -108,13 +110,68 @@ class Device:
         return "90"
 
 
-class Stream:
+class _BaseStream:
+    """Keeps, as CuPy does, one stack of streams for each device and thread."""
+
+    def __init__(self, ptr: int, device_id: int = -1) -> None:
+        self.ptr, self.device_id = ptr, device_id
+
+    def __enter__(self) -> _BaseStream:
+        if self.device_id not in (-1, _current.device):
+            raise RuntimeError(
+                f"The device that the stream is created on ({self.device_id}) "
+                f"does not match with the current device ({_current.device})"
+            )
+        _current.streams[_current.device].append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _current.streams[_current.device].pop()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BaseStream) and other.ptr == self.ptr
+
+    def __hash__(self) -> int:
+        return self.ptr
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.ptr
+
     def synchronize(self) -> None:
         if _caller_in_swl(frozenset(("__init__",))):
             _waits("Stream.synchronize()")
 
 
-_stream = Stream()
+class Stream(_BaseStream):
+    null: Stream
+    _pointers = itertools.count(0x5000, 16)
+
+    def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
+        if null:
+            super().__init__(0)
+        else:
+            super().__init__(next(self._pointers), _current.device)
+
+    @classmethod
+    def from_external(cls, obj: Any) -> Stream:
+        version, ptr = obj.__cuda_stream__()
+        if version != 0:
+            raise TypeError(f"__cuda_stream__() returned unsupported version {version}, only version 0 is supported")
+        self = cls(null=True)
+        self.ptr, self._keep = ptr, obj
+        return self
+
+
+Stream.null = Stream(null=True)
+_current = _Current()
+
+
+class ExternalStream(_BaseStream):
+    """Deprecated by CuPy: a caller may have one, but nothing here may make one."""
+
+
+def get_current_stream(device_id: int = -1) -> Any:
+    return _current.streams[_current.device if device_id == -1 else device_id][-1]
 
 
 # ------------------------------------------------------------------------------------------------ arrays
@@ -679,7 +736,8 @@ class _Runtime:
 cuda = SimpleNamespace(
     Device=Device,
     Stream=Stream,
-    get_current_stream=lambda: _stream,
+    ExternalStream=ExternalStream,
+    get_current_stream=get_current_stream,
     runtime=_Runtime,
     cublas=SimpleNamespace(gemmEx=gemmEx),
     device=SimpleNamespace(get_cublas_handle=lambda: _HANDLE),
