@@ -37,6 +37,13 @@ def check() -> None:
         backend.check()
 
 
+def info() -> None:
+    """Print versions, backends, threads and the memory that is kept, as the command ``swl info`` does."""
+    from swl.cli import main
+
+    main(["info"])
+
+
 __all__ = [
     "SGD",
     "AdamW",
@@ -60,6 +67,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_value_and_grad",
     "empty_cache",
+    "info",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",
     "memory_use",

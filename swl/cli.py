@@ -20,6 +20,7 @@ from swl import data as datasets
 from swl import distributed, text
 from swl import train as training
 from swl.backends import active, get
+from swl.backends._memory import MEMORY
 from swl.distributed import cost
 from swl.distributed.comm import from_rank_0, gather_numbers, launched
 from swl.fused import DEFAULT_BUDGET
@@ -553,6 +554,9 @@ def _numba() -> Iterator[tuple[str, str]]:
     config: Any = numba.config
     yield "threading layer", f"{config.THREADING_LAYER}; not used: swl's kernels run on a pool of its own"
     yield "kernel cache", _kernel_cache()
+    use = swl.memory_use()
+    most = f"of at most {_mib(MEMORY.limit)}; swl.empty_cache() gives it back"
+    yield "memory", f"{_mib(use.in_use)} in results, {_mib(use.kept)} kept for later ones {most}"
 
 
 def _kernel_cache() -> str:
