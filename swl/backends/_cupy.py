@@ -1,8 +1,8 @@
 """The CUDA backend: chooses variant and launch geometry for ``kernels/*.cu``, and calls cuBLAS, through CuPy.
 
 Nothing here waits for the device except `CupyBackend.check`, and memory comes from CuPy's pool alone, so that a
-training step can be captured in a CUDA graph once each of its kernels has run. Work goes to CuPy's current stream, on
-the device of the arrays.
+training step can be captured in a CUDA graph once each of its kernels has run. Work goes to CuPy's current device and
+stream, which `CupyBackend.scope` chooses for a whole call: CuPy's own operations, between the kernels, know no other way.
 """
 
 from __future__ import annotations
@@ -280,7 +280,10 @@ class CupyBackend:
                 x = xp.asarray(x)
             else:
                 x = xp.asarray(np.asarray(x, dtype=dtype))
-        return x if dtype is None else x.astype(dtype, copy=False)
+        if dtype is None or x.dtype == dtype:
+            return x
+        with x.device:
+            return x.astype(dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return self.xp.empty(shape, dtype=dtype)
@@ -319,27 +322,25 @@ class CupyBackend:
     def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
         if not out.size:
             return
-        with out.device:
-            if not _rows_are_dense(out):
-                dense = self.empty(out.shape, out.dtype)
-                self.affine_forward(x, W, b, dense)
-                out[...] = dense
-                return
-            if b is not None:
-                self._fill_rows(out, b)
-            self._gemm(x, W, out, add=b is not None)
+        if not _rows_are_dense(out):
+            dense = self.empty(out.shape, out.dtype)
+            self.affine_forward(x, W, b, dense)
+            out[...] = dense
+            return
+        if b is not None:
+            self._fill_rows(out, b)
+        self._gemm(x, W, out, add=b is not None)
 
     def affine_backward(
         self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
     ) -> None:
-        with dout.device:
-            dout = _for_gemm(self.xp, dout)[0]
-            if dx is not None:
-                self._gemm(dout, W.T, dx, add=False)
-            if dW is not None:
-                self._gemm(x.T, dout, dW, add=accumulate > 0)
-            if db is not None:
-                self._column_sums(dout, db, accumulate > 0)
+        dout = _for_gemm(self.xp, dout)[0]
+        if dx is not None:
+            self._gemm(dout, W.T, dx, add=False)
+        if dW is not None:
+            self._gemm(x.T, dout, dW, add=accumulate > 0)
+        if db is not None:
+            self._column_sums(dout, db, accumulate > 0)
 
     def _gemm(self, a: Any, b: Any, out: Any, add: bool) -> None:
         """``out = a @ b`` or ``out += a @ b``, in float32 at least, rounded once to the dtype of `out`."""
@@ -446,34 +447,33 @@ class CupyBackend:
 
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
         xp = self.xp
-        with ids.device:
-            if ids.dtype == np.uint64:  # beyond int64 every id is out of range
-                ids = xp.minimum(ids, np.uint64(2**63 - 1))
-            if ids.dtype.name not in _INDEX:
-                ids = ids.astype(np.int64)
-            device, index = self._device(ids), _INDEX[ids.dtype.name]
-            (N,) = ids.shape
-            blocks = max(1, min(-(-N // 256), 2 * device.limits.processors))
-            acc = np.dtype(np.float32) if weight is None else weight.dtype
-            clean = xp.empty(N, dtype=np.int64)
-            row_weight = None if weight is None else xp.empty(N, dtype=acc)
-            counts, bad, count = xp.empty(blocks), xp.empty(blocks, dtype=np.int64), xp.empty(())
-            head = (ids, _i64(ids.strides[0] // ids.itemsize), _i64(N), _i64(n_classes), _i64(ignore_index))
-            self._launch(
-                device,
-                f"prepare_ids<{index}, {_C[acc.name]}>",
-                (blocks,),
-                (256,),
-                (*head, _or_null(weight), clean, _or_null(row_weight), counts, bad),
-                shared=8 * (8 + 8),
-            )
-            self._launch(
-                device,
-                f"finish_ids<{index}>",
-                (1,),
-                (32,),
-                (*head, _i64(blocks), counts, bad, count, device.error),
-            )
+        if ids.dtype == np.uint64:  # beyond int64 every id is out of range
+            ids = xp.minimum(ids, np.uint64(2**63 - 1))
+        if ids.dtype.name not in _INDEX:
+            ids = ids.astype(np.int64)
+        device, index = self._device(ids), _INDEX[ids.dtype.name]
+        (N,) = ids.shape
+        blocks = max(1, min(-(-N // 256), 2 * device.limits.processors))
+        acc = np.dtype(np.float32) if weight is None else weight.dtype
+        clean = xp.empty(N, dtype=np.int64)
+        row_weight = None if weight is None else xp.empty(N, dtype=acc)
+        counts, bad, count = xp.empty(blocks), xp.empty(blocks, dtype=np.int64), xp.empty(())
+        head = (ids, _i64(ids.strides[0] // ids.itemsize), _i64(N), _i64(n_classes), _i64(ignore_index))
+        self._launch(
+            device,
+            f"prepare_ids<{index}, {_C[acc.name]}>",
+            (blocks,),
+            (256,),
+            (*head, _or_null(weight), clean, _or_null(row_weight), counts, bad),
+            shared=8 * (8 + 8),
+        )
+        self._launch(
+            device,
+            f"finish_ids<{index}>",
+            (1,),
+            (32,),
+            (*head, _i64(blocks), counts, bad, count, device.error),
+        )
         return clean, row_weight, count
 
     def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
@@ -487,90 +487,88 @@ class CupyBackend:
     def _forward(self, logits: Any, target: Target, stats: bool, row_scale: Any | None, out: Any | None) -> Rows:
         """Sweep forward, and backward too if there is an `out`."""
         xp = self.xp
-        with logits.device:
-            rows, outputs = self._rows(logits, stats)
-            N, C = logits.shape
-            if not N:
-                return rows
-            device = self._device(logits)
-            how = plan(N, C, logits.itemsize, device.limits)
-            dense_logits = logits if _rows_are_dense(logits) else xp.ascontiguousarray(logits)
-            c_type, dense, head = self._problem(dense_logits, target)
-            if how.variant == "split":
-                sums = xp.empty((N, how.splits, 7), dtype=rows.loss.dtype)
-                at = xp.empty((N, how.splits), dtype=np.int64)
-                self._launch(
-                    device,
-                    f"ce_partial<{c_type}, {dense}, {how.V}>",
-                    (how.blocks,),
-                    (how.threads,),
-                    (*head, _i64(how.splits), _i64(how.packs_each), sums, at, _i32(stats)),
-                    shared=how.shared,
-                )
-                self._launch(
-                    device,
-                    f"ce_combine<{c_type}, {dense}>",
-                    (-(-N // 4),),
-                    (128,),
-                    (*head, *outputs, _i64(how.splits), sums, at),
-                )
-            else:
-                fused = out is not None and how.on_chip and _rows_are_dense(out)
-                gradient = (
-                    (row_scale, _i64(_scale_stride(row_scale)), out, _i64(_row_stride(out)))
-                    if fused
-                    else (_NULL, _i64(0), _NULL, _i64(0))
-                )
-                self._launch(
-                    device,
-                    f"ce_rows<{c_type}, {dense}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}>",
-                    (how.blocks,),
-                    (how.threads,),
-                    (*head, *outputs, *gradient),
-                    shared=how.shared + (how.stage if fused else 0),
-                )
-                if fused:
-                    return rows
-            if out is not None:
-                self.cross_entropy_backward(logits, target, rows, row_scale, out)
+        rows, outputs = self._rows(logits, stats)
+        N, C = logits.shape
+        if not N:
             return rows
+        device = self._device(logits)
+        how = plan(N, C, logits.itemsize, device.limits)
+        dense_logits = logits if _rows_are_dense(logits) else xp.ascontiguousarray(logits)
+        c_type, dense, head = self._problem(dense_logits, target)
+        if how.variant == "split":
+            sums = xp.empty((N, how.splits, 7), dtype=rows.loss.dtype)
+            at = xp.empty((N, how.splits), dtype=np.int64)
+            self._launch(
+                device,
+                f"ce_partial<{c_type}, {dense}, {how.V}>",
+                (how.blocks,),
+                (how.threads,),
+                (*head, _i64(how.splits), _i64(how.packs_each), sums, at, _i32(stats)),
+                shared=how.shared,
+            )
+            self._launch(
+                device,
+                f"ce_combine<{c_type}, {dense}>",
+                (-(-N // 4),),
+                (128,),
+                (*head, *outputs, _i64(how.splits), sums, at),
+            )
+        else:
+            fused = out is not None and how.on_chip and _rows_are_dense(out)
+            gradient = (
+                (row_scale, _i64(_scale_stride(row_scale)), out, _i64(_row_stride(out)))
+                if fused
+                else (_NULL, _i64(0), _NULL, _i64(0))
+            )
+            self._launch(
+                device,
+                f"ce_rows<{c_type}, {dense}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}>",
+                (how.blocks,),
+                (how.threads,),
+                (*head, *outputs, *gradient),
+                shared=how.shared + (how.stage if fused else 0),
+            )
+            if fused:
+                return rows
+        if out is not None:
+            self.cross_entropy_backward(logits, target, rows, row_scale, out)
+        return rows
 
     def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
         xp = self.xp
         N, C = logits.shape
         if not N:
             return
-        with logits.device:
-            dense_logits = logits if _rows_are_dense(logits) else xp.ascontiguousarray(logits)
-            dense_out = out if _rows_are_dense(out) else self.empty(out.shape, out.dtype)
-            c_type, dense, head = self._problem(dense_logits, target)
-            few = C <= _PART_LANES * _PART_KEEP
-            V = 1 if few else 16 // logits.itemsize
-            packs = -(-(C + V - 1) // V)
-            lanes, each = min(_power_of_two(packs), 256), 4
-            tiles = -(-packs // (lanes * each))
-            self._launch(
-                self._device(logits),
-                f"ce_backward<{c_type}, {dense}, {V}>",
-                (-(-N // (256 // lanes)) * tiles,),
-                (256,),
-                (
-                    *head,
-                    rows.row_max,
-                    rows.log_sum,
-                    rows.mass,
-                    row_scale,
-                    _i64(_scale_stride(row_scale)),
-                    dense_out,
-                    _i64(_row_stride(dense_out)),
-                    _i32(lanes),
-                    _i32(each),
-                    _i64(tiles),
-                ),
-                shared=_ROW_BYTES * (256 // lanes),
-            )
-            if dense_out is not out:
-                out[...] = dense_out
+        dense_logits = logits if _rows_are_dense(logits) else xp.ascontiguousarray(logits)
+        dense_out = out if _rows_are_dense(out) else self.empty(out.shape, out.dtype)
+        c_type, dense, head = self._problem(dense_logits, target)
+        few = C <= _PART_LANES * _PART_KEEP
+        V = 1 if few else 16 // logits.itemsize
+        packs = -(-(C + V - 1) // V)
+        lanes, each = min(_power_of_two(packs), 256), 4
+        tiles = -(-packs // (lanes * each))
+        self._launch(
+            self._device(logits),
+            f"ce_backward<{c_type}, {dense}, {V}>",
+            (-(-N // (256 // lanes)) * tiles,),
+            (256,),
+            (
+                *head,
+                rows.row_max,
+                rows.log_sum,
+                rows.mass,
+                row_scale,
+                _i64(_scale_stride(row_scale)),
+                dense_out,
+                _i64(_row_stride(dense_out)),
+                _i32(lanes),
+                _i32(each),
+                _i64(tiles),
+            ),
+            shared=_ROW_BYTES * (256 // lanes),
+        )
+        if dense_out is not out:
+            out[...] = dense_out
 
     def _rows(self, logits: Any, stats: bool) -> tuple[Rows, tuple[Any, ...]]:
         """Make the outputs of a forward sweep; give them as rows, and as the kernels' arguments."""

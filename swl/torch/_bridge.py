@@ -92,10 +92,19 @@ class Cuda:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        cuda = self.backend.xp.cuda
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        with cuda.Device(self.device), cuda.ExternalStream(stream, self.device):
+        stream = _Stream(torch.cuda.current_stream(self.device).cuda_stream)
+        with self.backend.xp.cuda.Device(self.device), self.backend.scope(stream):
             yield
+
+
+class _Stream:
+    """A stream of torch's as CuPy takes it; torch's own class says as much only in newer versions."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
 
 
 _hosts: dict[str, Host] = {}

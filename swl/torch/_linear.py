@@ -348,21 +348,22 @@ class _Head:
         memory_budget: int,
     ) -> None:
         here = self.bridge = bridge(x)
-        weight, sample_weight, denominator = (None if t is None else here.array(t) for t in given)
-        options = Options(
-            weight,
-            setting.ignore_index,
-            setting.reduction,
-            setting.label_smoothing,
-            sample_weight,
-            setting.z_loss,
-            setting.softcap or None,
-            denominator,
-        )
-        b = None if bias is None else here.array(bias)
-        self.linear = LinearPass.of(
-            here.backend, here.array(x), here.array(linear_weight.T), b, here.array(target), options, memory_budget
-        )
+        with here.scope():
+            weight, sample_weight, denominator = (None if t is None else here.array(t) for t in given)
+            options = Options(
+                weight,
+                setting.ignore_index,
+                setting.reduction,
+                setting.label_smoothing,
+                sample_weight,
+                setting.z_loss,
+                setting.softcap or None,
+                denominator,
+            )
+            b = None if bias is None else here.array(bias)
+            self.linear = LinearPass.of(
+                here.backend, here.array(x), here.array(linear_weight.T), b, here.array(target), options, memory_budget
+            )
         self.loss = Loss(here, self.linear.problem, x.shape[:1])
 
     def reduce(self, rows: Rows, dtype: torch.dtype) -> Tensor:

@@ -234,17 +234,18 @@ class Loss(NamedTuple):
         C = input.shape[0] if input.ndim == 1 else input.shape[1]
         n = input.numel() // C
         weight, sample_weight, denominator = given
-        options = Options(
-            None if weight is None else array(weight),
-            setting.ignore_index,
-            setting.reduction,
-            setting.label_smoothing,
-            None if sample_weight is None else array(sample_weight.reshape(-1)),
-            setting.z_loss,
-            setting.softcap or None,
-            None if denominator is None else array(denominator),
-        )
-        p = problem(here.backend, array(rows), (n,), C, ACC[input.dtype], options)
+        with here.scope():
+            options = Options(
+                None if weight is None else array(weight),
+                setting.ignore_index,
+                setting.reduction,
+                setting.label_smoothing,
+                None if sample_weight is None else array(sample_weight.reshape(-1)),
+                setting.z_loss,
+                setting.softcap or None,
+                None if denominator is None else array(denominator),
+            )
+            p = problem(here.backend, array(rows), (n,), C, ACC[input.dtype], options)
         return cls(here, p, input.shape[:1] + input.shape[2:] if input.ndim > 1 else input.shape[:0])
 
     def forward(self, input: Tensor) -> Rows:

@@ -6,10 +6,12 @@ against CuPy itself). An error is raised for
 - a NumPy array where CuPy wants its own, and an array of this module where NumPy would convert it silently;
 - waiting for the device inside swl (``.get()``, ``float(x)``, ``bool(x)``, printing …), other than in ``check``;
 - copying from the host inside swl, other than in ``asarray``: in a CUDA graph it would repeat the captured numbers;
-- a kernel argument whose dtype is not that of the C++ parameter, or that lies on another device;
+- a kernel argument whose dtype is not that of the C++ parameter;
+- work on an array of a device that is not the current one, which with CuPy runs on the wrong device or not at all;
 - launch geometry or shared memory that the oldest supported device (compute capability 7.5) forbids.
 
-New memory is full of NaN or of 0xAA bytes.
+New memory is full of NaN or of 0xAA bytes, and on the current device. `recorded` tells which work ran on which device and
+stream.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import ctypes
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cpu_kernels
 import numpy as np
@@ -174,12 +177,51 @@ def get_current_stream(device_id: int = -1) -> Any:
     return _current.streams[_current.device if device_id == -1 else device_id][-1]
 
 
+class Work(NamedTuple):
+    """Something a device did: where, and on which stream."""
+
+    what: str
+    device: int
+    stream: int
+
+
+_recordings: list[list[Work]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[Work]]:
+    """List all work within the block: allocations, copies from the host, CuPy's kernels, swl's kernels and cuBLAS."""
+    works: list[Work] = []
+    _recordings.append(works)
+    try:
+        yield works
+    finally:
+        _recordings.remove(works)
+
+
+def _works(what: str, *operands: Any) -> None:
+    """Record work on the current device, where all operands that are arrays must be."""
+    here = _current.device
+    for x in operands:
+        if isinstance(x, ndarray | _Address) and x._device != here:
+            raise Forbidden(f"{what} of an array on device {x._device}, but {here} is current")
+    for works in _recordings:
+        works.append(Work(what, here, get_current_stream().ptr))
+
+
 # ------------------------------------------------------------------------------------------------ arrays
 
 
+class _Address(int):
+    """An address in the memory of a device."""
+
+    _device: int
+
+
 class _MemoryPointer:
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
+    def __init__(self, ptr: int, device: int) -> None:
+        self.ptr = _Address(ptr)
+        self.ptr._device = device
 
 
 def _forbidden_method(name: str) -> Callable[..., Any]:
@@ -208,7 +250,7 @@ class ndarray:  # noqa: N801 - CuPy's name
     itemsize = property(lambda self: self._host.itemsize)
     strides = property(lambda self: self._host.strides)
     device = property(lambda self: Device(self._device))
-    data = property(lambda self: _MemoryPointer(self._host.__array_interface__["data"][0]))
+    data = property(lambda self: _MemoryPointer(self._host.__array_interface__["data"][0], self._device))
     T = property(lambda self: ndarray(self._host.T, self._device))
 
     @property
@@ -219,7 +261,8 @@ class ndarray:  # noqa: N801 - CuPy's name
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         host = dict(self._host.__array_interface__)
-        return {key: host[key] for key in ("shape", "typestr", "strides", "data")} | {"version": 3, "stream": 1}
+        where = {"data": (self.data.ptr, False), "version": 3, "stream": 1}
+        return {key: host[key] for key in ("shape", "typestr", "strides")} | where
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, self._device
@@ -252,27 +295,34 @@ class ndarray:  # noqa: N801 - CuPy's name
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` explicitly.")
 
     # methods
+    def _viewed(self, what: str, host: np.ndarray[Any, Any]) -> ndarray:
+        """Give NumPy's view of the memory, or the copy that it had to make, which CuPy's kernels make on a device."""
+        if np.may_share_memory(host, self._host) or not host.size:
+            return ndarray(host, self._device)
+        return _new(what, host, self)
+
     def reshape(self, *shape: Any) -> ndarray:
-        return ndarray(self._host.reshape(*shape), self._device)
+        return self._viewed("reshape", self._host.reshape(*shape))
 
     def astype(self, dtype: Any, copy: bool = True) -> ndarray:
         if not copy and self._host.dtype == dtype:
             return self
         with np.errstate(all="ignore"):
-            return _new(self._host.astype(dtype), self._device)
+            return _new("astype", self._host.astype(dtype), self)
 
     def copy(self) -> ndarray:
-        return _new(self._host.copy(), self._device)
+        return _new("copy", self._host.copy(), self)
 
     def fill(self, value: Any) -> None:
         _scalar_only(value)
+        _works("fill", self)
         self._host.fill(value)
 
     def view(self, dtype: Any = None) -> ndarray:
         return ndarray(self._host.view(dtype), self._device)
 
     def ravel(self) -> ndarray:
-        return ndarray(self._host.ravel(), self._device)
+        return self._viewed("ravel", self._host.ravel())
 
     def transpose(self, *axes: Any) -> ndarray:
         return ndarray(self._host.transpose(*axes), self._device)
@@ -286,7 +336,7 @@ class ndarray:  # noqa: N801 - CuPy's name
     def _reduced(self, name: str, axis: Any, dtype: Any, keepdims: bool) -> ndarray:
         kwargs = {"dtype": dtype} if name in ("sum", "mean") else {}
         with np.errstate(all="ignore"):
-            return _new(getattr(self._host, name)(axis=axis, keepdims=keepdims, **kwargs), self._device)
+            return _new(name, getattr(self._host, name)(axis=axis, keepdims=keepdims, **kwargs), self)
 
     def sum(self, axis: Any = None, dtype: Any = None, keepdims: bool = False) -> ndarray:
         return self._reduced("sum", axis, dtype, keepdims)
@@ -307,37 +357,42 @@ class ndarray:  # noqa: N801 - CuPy's name
         return self._reduced("any", axis, None, keepdims)
 
     def argmax(self, axis: Any = None) -> ndarray:
-        return _new(self._host.argmax(axis=axis), self._device)
+        return _new("argmax", self._host.argmax(axis=axis), self)
 
     # indexing
     def __getitem__(self, key: Any) -> ndarray:
+        keys = key if isinstance(key, tuple) else (key,)
+        if any(isinstance(k, ndarray) for k in keys):
+            return _new("take", self._host[_index(key)], self, *keys)
         return ndarray(np.asarray(self._host[_index(key)]), self._device)
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        _works("assignment", self, value, *(key if isinstance(key, tuple) else (key,)))
         with np.errstate(all="ignore"):
-            self._host[_index(key)] = _operand(value, self._device)
+            self._host[_index(key)] = _operand(value)
 
 
 def _binary(name: str) -> Callable[[ndarray, Any], Any]:
     def method(self: ndarray, other: Any) -> Any:
         with np.errstate(all="ignore"):
-            result = getattr(self._host, name)(_operand(other, self._device))
-        return result if result is NotImplemented else _new(result, self._device)
+            result = getattr(self._host, name)(_operand(other))
+        return result if result is NotImplemented else _new(name, result, self, other)
 
     return method
 
 
 def _in_place(name: str) -> Callable[[ndarray, Any], Any]:
     def method(self: ndarray, other: Any) -> Any:
+        _works(name, self, other)
         with np.errstate(all="ignore"):
-            getattr(self._host, name)(_operand(other, self._device))
+            getattr(self._host, name)(_operand(other))
         return self
 
     return method
 
 
 def _unary(name: str) -> Callable[[ndarray], Any]:
-    return lambda self: _new(getattr(self._host, name)(), self._device)
+    return lambda self: _new(name, getattr(self._host, name)(), self)
 
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
@@ -360,8 +415,9 @@ def _aligned(shape: Any, dtype: Any) -> np.ndarray[Any, Any]:
     return raw[start : start + n].view(dtype).reshape(shape)
 
 
-def _new(value: Any, device: int | None = None) -> ndarray:
-    """Wrap a result of NumPy's in memory of the device's."""
+def _new(what: str, value: Any, *operands: Any) -> ndarray:
+    """Wrap a result that NumPy got from the operands in new memory, which CuPy takes on the current device."""
+    _works(what, *operands)
     value = np.asarray(value)
     if value.dtype.kind in "OUSVM" and value.dtype.name != "bfloat16":
         raise ValueError(f"Unsupported dtype {value.dtype}")
@@ -369,7 +425,7 @@ def _new(value: Any, device: int | None = None) -> ndarray:
     if value.ndim > 1 and value.flags.f_contiguous and not value.flags.c_contiguous:
         host = _aligned(value.shape[::-1], value.dtype).T
     host[...] = value
-    return ndarray(host, device)
+    return ndarray(host)
 
 
 def _scalar_only(value: Any) -> None:
@@ -377,11 +433,9 @@ def _scalar_only(value: Any) -> None:
         raise TypeError(f"Unsupported type {type(value)}")
 
 
-def _operand(value: Any, device: int) -> Any:
-    """Give NumPy's view of an operand: an array of the same device, or a scalar."""
+def _operand(value: Any) -> Any:
+    """Give NumPy's view of an operand: an array of a device, or a scalar."""
     if isinstance(value, ndarray):
-        if value._device != device:
-            raise ValueError(f"Array device must be same as the current device: {value._device} is not {device}")
         return value._host
     _scalar_only(value)
     return value
@@ -401,6 +455,7 @@ def _index(key: Any) -> Any:
 
 
 def _poisoned(shape: Any, dtype: Any) -> ndarray:
+    _works("empty")
     host = _aligned(shape, dtype)
     if host.dtype.kind == "f" or host.dtype.name == "bfloat16":
         host.fill(np.nan)
@@ -424,9 +479,9 @@ def asarray(a: Any, dtype: Any = None) -> ndarray:
     if hasattr(a, "__cuda_array_interface__"):
         interface = a.__cuda_array_interface__
         holder = SimpleNamespace(__array_interface__={**interface, "version": 3}, keep=a)
-        return asarray(ndarray(np.asarray(holder)), dtype)
+        return asarray(ndarray(np.asarray(holder), interface["data"][0]._device), dtype)
     _no_copy_in_swl(a)
-    return _new(np.asarray(a, dtype=dtype))
+    return _new("copy from the host", np.asarray(a, dtype=dtype))
 
 
 def from_dlpack(array: Any) -> ndarray:
@@ -449,7 +504,7 @@ def ones(shape: Any, dtype: Any = float) -> ndarray:
 
 def full(shape: Any, fill_value: Any, dtype: Any = None) -> ndarray:
     _scalar_only(fill_value)
-    return _new(np.full(shape, fill_value, dtype))
+    return _new("full", np.full(shape, fill_value, dtype))
 
 
 def _like(name: str) -> Callable[..., ndarray]:
@@ -470,11 +525,11 @@ def ascontiguousarray(a: Any, dtype: Any = None) -> ndarray:
         a = asarray(a)
     if a.ndim == 0 or (a._host.flags.c_contiguous and (dtype is None or a.dtype == dtype)):
         return asarray(a, dtype) if a.ndim else asarray(a, dtype).reshape(1)
-    return _new(np.ascontiguousarray(a._host, dtype=dtype), a._device)
+    return _new("ascontiguousarray", np.ascontiguousarray(a._host, dtype=dtype), a)
 
 
 def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> ndarray:
-    return _new(np.arange(start, stop, step, dtype) if stop is not None else np.arange(start, dtype=dtype))
+    return _new("arange", np.arange(start, stop, step, dtype) if stop is not None else np.arange(start, dtype=dtype))
 
 
 def _elementwise(name: str, n: int) -> Callable[..., ndarray]:
@@ -483,11 +538,11 @@ def _elementwise(name: str, n: int) -> Callable[..., ndarray]:
             raise TypeError(f"{name} takes {n} arguments")
         if not any(isinstance(a, ndarray) for a in args):
             raise TypeError(f"Unsupported type {type(args[0])}: {name} wants an array of the device")
-        device = next(a._device for a in args if isinstance(a, ndarray))
         with np.errstate(all="ignore"):
-            value = getattr(np, name)(*(_operand(a, device) for a in args))
+            value = getattr(np, name)(*(_operand(a) for a in args))
         if out is None:
-            return _new(value, device)
+            return _new(name, value, *args)
+        _works(name, *args, out)
         out._host[...] = value
         return out
 
@@ -503,49 +558,49 @@ maximum, minimum = _elementwise("maximum", 2), _elementwise("minimum", 2)
 def where(condition: ndarray, x: Any, y: Any) -> ndarray:
     if not isinstance(condition, ndarray):
         raise TypeError(f"Unsupported type {type(condition)}")
-    device = condition._device
-    return _new(np.where(condition._host, _operand(x, device), _operand(y, device)), device)
+    return _new("where", np.where(condition._host, _operand(x), _operand(y)), condition, x, y)
 
 
 def matmul(x1: ndarray, x2: ndarray, /, out: ndarray | None = None) -> ndarray:
     acc = np.float64 if np.float64 in (x1.dtype, x2.dtype) else np.float32
-    value = np.matmul(x1._host.astype(acc), _operand(x2, x1._device).astype(acc))
+    value = np.matmul(x1._host.astype(acc), _operand(x2).astype(acc))
     if out is None:
-        return _new(value.astype(result_type(x1, x2)), x1._device)
+        return _new("matmul", value.astype(result_type(x1, x2)), x1, x2)
+    _works("matmul", x1, x2, out)
     out._host[...] = value
     return out
 
 
 def concatenate(tup: Sequence[ndarray], axis: int = 0) -> ndarray:
-    return _new(np.concatenate([a._host for a in tup], axis=axis), tup[0]._device)
+    return _new("concatenate", np.concatenate([a._host for a in tup], axis=axis), *tup)
 
 
 def stack(tup: Sequence[ndarray], axis: int = 0) -> ndarray:
-    return _new(np.stack([a._host for a in tup], axis=axis), tup[0]._device)
+    return _new("stack", np.stack([a._host for a in tup], axis=axis), *tup)
 
 
 def take_along_axis(a: ndarray, indices: ndarray, axis: int) -> ndarray:
-    return _new(np.take_along_axis(a._host, indices._host, axis), a._device)
+    return _new("take_along_axis", np.take_along_axis(a._host, indices._host, axis), a, indices)
 
 
 class add:  # noqa: N801 - CuPy's name
     @staticmethod
     def reduceat(array: ndarray, indices: ndarray, axis: int = 0) -> ndarray:
-        return _new(np.add.reduceat(array._host, indices._host, axis=axis), array._device)
+        return _new("add.reduceat", np.add.reduceat(array._host, indices._host, axis=axis), array, indices)
 
 
 def searchsorted(a: ndarray, v: ndarray) -> ndarray:
-    return _new(np.searchsorted(a._host, v._host), a._device)
+    return _new("searchsorted", np.searchsorted(a._host, v._host), a, v)
 
 
 def argsort(a: ndarray, axis: int = -1, kind: str | None = None) -> ndarray:
     if kind not in (None, "stable"):
         raise ValueError("kind can only be None or 'stable'")
-    return _new(np.argsort(a._host, axis=axis, kind="stable"), a._device)  # CuPy's default, and its only kind
+    return _new("argsort", np.argsort(a._host, axis=axis, kind="stable"), a)  # CuPy's default, and its only kind
 
 
 def argpartition(a: ndarray, kth: int, axis: int = -1) -> ndarray:
-    return _new(np.argpartition(a._host, kth, axis=axis), a._device)
+    return _new("argpartition", np.argpartition(a._host, kth, axis=axis), a)
 
 
 def broadcast_to(array: ndarray, shape: Any) -> ndarray:
@@ -627,6 +682,7 @@ class RawKernel:
             _argument(f"argument {i} of {self._name}", parameter, arg)
             for i, (parameter, arg) in enumerate(zip(self._parameters, args, strict=True))
         ]
+        _works(self._name, *args)
         for observe in observers:
             observe(self._library, self._name, sizes, args, None)
         report = self._library.launch(self._name, sizes, values, ORDER)
@@ -660,8 +716,6 @@ def _argument(what: str, parameter: cpu_kernels.Parameter, arg: Any) -> Any:
             return ctypes.c_void_p(None)
         if not isinstance(arg, ndarray):
             raise Forbidden(f"{what} is a pointer, got {type(arg).__name__}")
-        if arg._device != _current.device:
-            raise Forbidden(f"{what} is on device {arg._device}, but {_current.device} is current")
         if parameter.letter != "v" and _LETTER_OF.get(arg.dtype.name) != parameter.letter:
             raise Forbidden(f"{what} points to {parameter.letter!r}, got {arg.dtype}")
         return ctypes.c_void_p(arg.data.ptr)
@@ -709,8 +763,11 @@ def gemmEx(  # noqa: N802 - cuBLAS's name
     algo: int,
 ) -> None:
     """C = α·op(A)·op(B) + β·C by columns; α and β are host pointers of the compute type."""
-    if handle != _HANDLE or algo != -1 or Atype != Btype:
+    if handle != _HANDLE + _current.device or algo != -1 or Atype != Btype:
         raise Forbidden(f"gemmEx: handle {handle}, algorithm {algo}, types {Atype} and {Btype}")
+    if not all(isinstance(address, _Address) for address in (A, B, C)):
+        raise Forbidden("gemmEx: an address that is not of an array")
+    _works("gemmEx", A, B, C)
     acc = {68: np.float32, 70: np.float64}[computeType]
     if (computeType == 70) != (Atype == 1) or Ctype not in (Atype, 1 if computeType == 70 else 0):
         raise Forbidden(f"gemmEx: types {Atype}, {Ctype} with compute type {computeType}")
@@ -740,5 +797,5 @@ cuda = SimpleNamespace(
     get_current_stream=get_current_stream,
     runtime=_Runtime,
     cublas=SimpleNamespace(gemmEx=gemmEx),
-    device=SimpleNamespace(get_cublas_handle=lambda: _HANDLE),
+    device=SimpleNamespace(get_cublas_handle=lambda: _HANDLE + _current.device),  # each device has its own
 )

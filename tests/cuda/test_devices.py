@@ -1,0 +1,466 @@
+"""Work goes to the device and the stream of its call, whichever device is current: shown on two emulated devices.
+
+The stand-in refuses work on an array of a device that is not current, and lists the device and stream of all it does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import cpu_kernels
+import emulated
+import numpy as np
+import pytest
+import stand_in
+
+import swl
+from swl.backends import get
+from swl.backends._cupy import CupyBackend
+
+pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
+
+N, D, C = 6, 5, 40
+THERE = 1
+"""The device of the arrays; 0 is current."""
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[CupyBackend]:
+    assert emulated.register() is None
+    monkeypatch.setattr(emulated.registry, "_DEVICE", emulated.NAME)
+    yield get(emulated.NAME)  # type: ignore[misc]
+    swl.check()
+
+
+def put(x: Any, device: int = THERE) -> Any:
+    """Copy to a device."""
+    with stand_in.Device(device):
+        return stand_in.asarray(np.asarray(x))
+
+
+def stream_on(device: int = THERE) -> stand_in.Stream:
+    with stand_in.Device(device):
+        return stand_in.Stream(non_blocking=True)
+
+
+def host(x: Any) -> Any:
+    """Bring results to the host, whatever they are made of."""
+    if isinstance(x, tuple | list):
+        return [y for part in x for y in host(part)]
+    return [] if x is None else [emulated.to_numpy(x)]
+
+
+@contextmanager
+def only_on(device: int, stream: int = 0) -> Iterator[None]:
+    """All work of the block goes to one device and stream, and what is current for the caller stays so."""
+
+    def current() -> list[int]:
+        return [stand_in.Device().id, *(stand_in.get_current_stream(i).ptr for i in range(stand_in.N_DEVICES))]
+
+    before = current()
+    with stand_in.recorded() as works:
+        yield
+    assert works
+    assert {(work.device, work.stream) for work in works} == {(device, stream)}
+    assert current() == before
+
+
+class Numbers:
+    """Operands of all calls, brought to where `put` puts them."""
+
+    def __init__(self, put: Callable[[Any], Any]) -> None:
+        rng = np.random.default_rng(0)
+        self.x = put(rng.normal(size=(N, D)).astype(np.float32))
+        self.whole = put(rng.integers(-3, 4, (N, D)))
+        self.W = put(rng.normal(size=(D, C)).astype(np.float32))
+        self.b = put(rng.normal(size=C).astype(np.float32))
+        self.dy = put(rng.normal(size=(N, C)).astype(np.float32))
+        self.z = put(rng.normal(size=(N, C)).astype(np.float32))
+        self.half = put(rng.normal(size=(N, 2 * C)).astype(np.float16))[:, ::2]
+        self.long = put(rng.normal(size=(2, 9000)).astype(np.float32))
+        self.few = put(rng.integers(0, D, 2))
+        self.t = put(np.array([0, 1, -100, 3, 39, 5], np.int16))
+        self.q = put(rng.dirichlet(np.ones(C), N))
+        self.w = put(rng.uniform(0.5, 2, C))
+        self.s = put(rng.uniform(0.5, 2, N))
+        self.each = put(rng.normal(size=N))
+        self.once = put(np.float64(0.5))
+        self.out = put(np.zeros((N, C), np.float32))
+        self.options = {
+            "weight": self.w,
+            "sample_weight": self.s,
+            "label_smoothing": 0.1,
+            "z_loss": 0.01,
+            "softcap": 9.0,
+            "stats": True,
+        }
+
+
+vg, linear = swl.cross_entropy_value_and_grad, swl.linear_cross_entropy_value_and_grad
+CALLS: dict[str, Callable[..., Any]] = {
+    "affine": lambda n, **k: swl.affine(n.x, n.W, n.b, **k),
+    "affine of integers": lambda n, **k: swl.affine(n.whole, n.W, n.b, **k),
+    "affine_backward": lambda n, **k: swl.affine_backward(n.dy, n.x, n.W, **k),
+    "ids": lambda n, **k: swl.cross_entropy(n.z, n.t, check=True, **k),
+    "ids, all options": lambda n, **k: swl.cross_entropy(n.z, n.t, **n.options, **k),
+    "probabilities": lambda n, **k: swl.cross_entropy(n.z, n.q, **n.options, **k),
+    "16 bits, strided": lambda n, **k: swl.cross_entropy(n.half, n.t, **k),
+    "leading axes": lambda n, **k: swl.cross_entropy(n.z.reshape(2, 3, C), n.t.reshape(2, 3), reduction="none", **k),
+    "both": lambda n, **k: vg(n.z, n.t, **n.options, **k),
+    "both, strided": lambda n, **k: vg(n.half, n.q, dout=n.once, denominator=n.once, **k),
+    "both, split rows": lambda n, **k: vg(n.long, n.few, **k),
+    "both, out": lambda n, **k: vg(n.z, n.t, out=n.out, reduction="none", dout=n.each, **k),
+    "linear": lambda n, **k: swl.linear_cross_entropy(n.x, n.W, n.t, n.b, **n.options, **k),
+    "linear, both": lambda n, **k: linear(n.x, n.W, n.q, n.b, dout=n.once, **n.options, **k),
+    "linear, chunks of rows": lambda n, **k: linear(n.x, n.W, n.t, n.b, memory_budget=600, **n.options, **k),
+    "linear, chunks of classes": lambda n, **k: linear(n.x, n.W, n.t, n.b, memory_budget=200, **n.options, **k),
+    "linear, callable": lambda n, **k: linear(n.x, n.W, lambda r, c: n.q[r, c], memory_budget=200, **k),
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+class Foreign:
+    """A stream of another library."""
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.ptr
+
+
+def agree(got: Any, want: Any) -> None:
+    got, want = host(got), host(want)
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-3 if a.dtype == np.float16 else 2e-5)
+
+
+@every_call
+def test_calls_run_on_the_device_of_their_arrays(name: str) -> None:
+    numbers = Numbers(put)
+    with only_on(THERE):
+        got = CALLS[name](numbers)
+    with swl.use_backend("numpy"):
+        agree(got, CALLS[name](Numbers(np.asarray)))
+
+
+@every_call
+def test_calls_run_on_the_stream_that_is_current_on_that_device(name: str) -> None:
+    numbers, stream = Numbers(put), stream_on()
+    with stand_in.Device(THERE), stream, stand_in.Device(0), stream_on(0), only_on(THERE, stream.ptr):
+        CALLS[name](numbers)
+
+
+@every_call
+def test_calls_run_on_the_stream_that_is_given(name: str) -> None:
+    numbers, stream = Numbers(put), stream_on()
+    for given in (stream, stand_in.ExternalStream(0xE0), stand_in.ExternalStream(0xE0, THERE), Foreign(0xF0)):
+        with stand_in.Device(THERE), stream_on(), stand_in.Device(0), only_on(THERE, given.ptr):
+            CALLS[name](numbers, stream=given)
+
+
+@every_call
+def test_without_the_scope_all_of_this_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = Numbers(put)
+    monkeypatch.setattr(CupyBackend, "scope", lambda self, stream=None, /, **arrays: nullcontext())
+    with pytest.raises(stand_in.Forbidden, match="device"):
+        CALLS[name](numbers)
+
+
+def test_host_arrays_go_to_the_current_device_and_the_stream_that_is_given() -> None:
+    stream, numbers = stream_on(0), Numbers(np.asarray)
+    with only_on(0, stream.ptr):
+        swl.cross_entropy(numbers.z, numbers.t, backend=emulated.NAME, stream=stream)
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+def network(numbers: Numbers, put: Callable[[Any], Any]) -> swl.Sequential:
+    rng = np.random.default_rng(1)
+
+    def draw(*shape: int) -> Any:
+        return put(rng.normal(size=shape).astype(np.float32))
+
+    return swl.Sequential(
+        swl.Affine(draw(D, 8), draw(8)),
+        swl.ReLU(),
+        swl.Affine(draw(8, 7)),
+        swl.Sigmoid(),
+        swl.Affine(draw(7, C), draw(C)),
+        # host arrays, which are brought to the device of the scores
+        swl.SoftmaxWithLoss(weight=np.linspace(1, 2, C), sample_weight=np.linspace(1, 2, N), label_smoothing=0.1),
+    )
+
+
+def train(numbers: Numbers, put: Callable[[Any], Any], optimizer: Any) -> list[Any]:
+    net = network(numbers, put)
+    first = net.forward(numbers.x, numbers.t), net.backward(), net[5].y
+    optimizer.update(net.parameters(), net.gradients())
+    second = net.forward_backward(numbers.x, numbers.t, 2.0)
+    optimizer.update(net.parameters(), net.gradients())
+    return [*first, *second, net.predict(numbers.x), *net.parameters().values()]
+
+
+def embed(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
+    layer = swl.Embedding(numbers.W)
+    y = layer.forward(put(np.array([1, 4, 1])))
+    layer.backward(y)
+    return [y, layer.dW]
+
+
+def fused_head(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
+    found: list[Any] = []
+    for budget in (1 << 20, 600, 200):
+        head = swl.AffineSoftmaxWithLoss(
+            numbers.W, numbers.b, memory_budget=budget, weight=np.linspace(1, 2, C), softcap=9.0
+        )
+        found += [head.forward(numbers.x, numbers.t), head.backward(numbers.once), head.dW, head.db]
+        found += [*head.forward_backward(numbers.x, numbers.t), head.dW, head.db]
+        found += [head.predict(numbers.x), *head.top_k(numbers.x, 3)]
+    return found
+
+
+def from_the_host(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
+    """Inputs, targets and upstream gradients are brought to a layer's device."""
+    x, t = Numbers(np.asarray).x, Numbers(np.asarray).t
+    dy, each = Numbers(np.asarray).dy, Numbers(np.asarray).each
+    affine, loss, head = (
+        swl.Affine(numbers.W, numbers.b),
+        swl.SoftmaxWithLoss(reduction="none"),
+        swl.Embedding(numbers.W),
+    )
+    found = [affine.forward(x), affine.backward(dy), loss.forward(numbers.z, t), loss.backward(each)]
+    found += [*loss.forward_backward(numbers.z, t, each), head.forward(np.array([2, 0]))]
+    head.backward(np.ones((2, C), np.float32))
+    for layer in (swl.ReLU(), swl.Sigmoid()):
+        found += [layer.forward(numbers.z), layer.backward(dy)]
+    whole = swl.AffineSoftmaxWithLoss(numbers.W, np.zeros(C, np.float32), reduction="none")
+    return [*found, head.dW, whole.forward(x, t), whole.backward(each)]
+
+
+def state(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
+    net = network(numbers, put)
+    net.load_state_dict({name: values + 1 for name, values in net.state_dict().items()})
+    return list(net.parameters().values())
+
+
+SCRIPTS: dict[str, Callable[..., list[Any]]] = {
+    "SGD": lambda n, p: train(n, p, swl.SGD(0.1)),
+    "SGD, momentum": lambda n, p: train(n, p, swl.SGD(0.1, momentum=0.9, weight_decay=0.1)),
+    "AdamW": lambda n, p: train(n, p, swl.AdamW(0.01)),
+    "Embedding": embed,
+    "fused head": fused_head,
+    "from the host": from_the_host,
+    "state": state,
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_layers_run_on_the_device_and_the_current_stream_of_their_arrays(name: str) -> None:
+    numbers, stream = Numbers(put), stream_on()
+    with stand_in.Device(THERE), stream, stand_in.Device(0), only_on(THERE, stream.ptr):
+        got = SCRIPTS[name](numbers, lambda x: on(stream, x))
+    with swl.use_backend("numpy"):
+        agree(got, SCRIPTS[name](Numbers(np.asarray), np.asarray))
+
+
+def test_asarray_converts_where_the_array_is() -> None:
+    numbers = Numbers(put)
+    with only_on(THERE), swl.use_backend(emulated.NAME):
+        swl.asarray(numbers.whole, np.float32)
+    with only_on(0), swl.use_backend(emulated.NAME):
+        swl.asarray([1.0, 2.0])
+
+
+def on(stream: Any, x: Any) -> Any:
+    with stand_in.Device(THERE), stream:
+        return stand_in.asarray(x)
+
+
+def test_layers_on_two_devices_each_update_their_own() -> None:
+    nets = [network(Numbers(lambda x: put(x, i)), lambda x: put(x, i)) for i in (0, 1)]  # noqa: B023 - called at once
+    optimizer, parameters, gradients = swl.AdamW(), {}, {}
+    for i, net in enumerate(nets):
+        numbers = Numbers(lambda x: put(x, i))  # noqa: B023 - called at once
+        net.forward_backward(numbers.x, numbers.t)
+        parameters |= {f"{i}.{name}": p for name, p in net.parameters().items()}
+        gradients |= {f"{i}.{name}": g for name, g in net.gradients().items()}
+    optimizer.update(parameters, gradients)
+    agree(list(nets[0].parameters().values()), list(nets[1].parameters().values()))
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def test_a_bad_class_id_is_reported_by_its_device() -> None:
+    numbers = Numbers(put)
+    words = r"target\[3\] is 99; legal are class ids in \[0, 40\)"
+    bad = put(np.array([0, 1, 2, 99, 4, 5]))
+    with only_on(THERE):
+        swl.cross_entropy(numbers.z, bad)
+    with pytest.raises(ValueError, match=words):
+        swl.check()
+    swl.check()  # it was told once
+    with pytest.raises(ValueError, match=words):
+        swl.cross_entropy(numbers.z, bad, check=True, stream=stream_on())
+    assert stand_in.Device().id == 0
+    assert stand_in.get_current_stream() == stand_in.Stream.null
+
+
+def test_the_caller_gets_device_and_stream_back_after_an_error() -> None:
+    numbers = Numbers(put)
+    for wrong in (
+        lambda: swl.affine(numbers.x, numbers.b),
+        lambda: swl.cross_entropy(numbers.z, numbers.x, stream=stream_on()),
+    ):
+        with pytest.raises(ValueError, match="must have shape"):
+            wrong()
+        assert stand_in.Device().id == 0
+        assert [stand_in.get_current_stream(i).ptr for i in (0, 1)] == [0, 0]
+
+
+TWO_DEVICES: dict[str, tuple[str, str, Callable[[Numbers, Numbers], Any]]] = {
+    "affine": ("x", "W", lambda a, b: swl.affine(a.x, b.W)),
+    "affine, bias": ("x", "b", lambda a, b: swl.affine(a.x, a.W, b.b)),
+    "affine_backward": ("x", "dout", lambda a, b: swl.affine_backward(b.dy, a.x, a.W)),
+    "target": ("logits", "target", lambda a, b: swl.cross_entropy(a.z, b.t)),
+    "weight": ("logits", "weight", lambda a, b: swl.cross_entropy(a.z, a.t, weight=b.w)),
+    "sample_weight": ("logits", "sample_weight", lambda a, b: swl.cross_entropy(a.z, a.t, sample_weight=b.s)),
+    "denominator": ("logits", "denominator", lambda a, b: swl.cross_entropy(a.z, a.t, denominator=b.once)),
+    "dout": ("logits", "dout", lambda a, b: vg(a.z, a.t, dout=b.once)),
+    "out": ("logits", "out", lambda a, b: vg(a.z, a.t, out=b.out)),
+    "linear": ("x", "W", lambda a, b: linear(a.x, b.W, a.t)),
+    "linear, target": ("x", "target", lambda a, b: linear(a.x, a.W, b.t)),
+    "linear, bias": ("x", "b", lambda a, b: linear(a.x, a.W, a.t, b.b)),
+    "linear, weight": ("x", "weight", lambda a, b: linear(a.x, a.W, a.t, weight=b.w)),
+    "linear, sample_weight": ("x", "sample_weight", lambda a, b: linear(a.x, a.W, a.t, sample_weight=b.s)),
+    "linear, denominator": ("x", "denominator", lambda a, b: linear(a.x, a.W, a.t, denominator=b.once)),
+    "linear, dout": ("x", "dout", lambda a, b: linear(a.x, a.W, a.t, dout=b.once)),
+    "Affine": ("W", "b", lambda a, b: swl.Affine(a.W, b.b)),
+    "Affine, x": ("W", "x", lambda a, b: swl.Affine(a.W).forward(b.x)),
+    "Affine, dout": ("W", "dout", lambda a, b: _forward(swl.Affine(a.W), a.x).backward(b.dy)),
+    "ReLU, dout": ("x", "dout", lambda a, b: _forward(swl.ReLU(), a.z).backward(b.dy)),
+    "Sigmoid, dout": ("x", "dout", lambda a, b: _forward(swl.Sigmoid(), a.z).backward(b.dy)),
+    "Embedding, x": ("W", "x", lambda a, b: swl.Embedding(a.W).forward(b.t)),
+    "Embedding, dout": ("W", "dout", lambda a, b: _forward(swl.Embedding(a.W), a.few).backward(b.dy)),
+    "SoftmaxWithLoss, t": ("x", "t", lambda a, b: swl.SoftmaxWithLoss().forward(a.z, b.t)),
+    "SoftmaxWithLoss, weight": ("logits", "weight", lambda a, b: swl.SoftmaxWithLoss(weight=b.w).forward(a.z, a.t)),
+    "SoftmaxWithLoss, dout": (
+        "logits",
+        "dout",
+        lambda a, b: _forward(swl.SoftmaxWithLoss(), a.z, a.t).backward(b.once),
+    ),
+    "both, dout": ("logits", "dout", lambda a, b: swl.SoftmaxWithLoss().forward_backward(a.z, a.t, b.once)),
+    "head, x": ("W", "x", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).forward(b.x, a.t)),
+    "head, t": ("W", "t", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).forward(a.x, b.t)),
+    "head, weight": ("W", "weight", lambda a, b: swl.AffineSoftmaxWithLoss(a.W, weight=b.w)),
+    "head, dout": ("W", "dout", lambda a, b: _forward(swl.AffineSoftmaxWithLoss(a.W), a.x, a.t).backward(b.once)),
+    "head, both": ("W", "dout", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).forward_backward(a.x, a.t, b.once)),
+    "head, predict": ("W", "x", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).predict(b.x)),
+    "head, top_k": ("W", "x", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).top_k(b.x, 2)),
+    "SGD": ("params", "grads", lambda a, b: swl.SGD().update([a.x], [b.x])),
+    "AdamW": ("params", "grads", lambda a, b: swl.AdamW().update([a.x], [b.x])),
+}
+
+
+def _forward(layer: Any, *inputs: Any) -> Any:
+    layer.forward(*inputs)
+    return layer
+
+
+@pytest.mark.parametrize("name", TWO_DEVICES)
+def test_arrays_on_two_devices_are_refused_by_name(name: str) -> None:
+    first, second, call = TWO_DEVICES[name]
+    for here in (0, 1):
+        with pytest.raises(TypeError, match=r"all arrays of a call must be .*on one device") as error:
+            call(Numbers(lambda x: put(x, here)), Numbers(lambda x: put(x, 1 - here)))  # noqa: B023 - called at once
+        said = re.findall(r"(\w+) is (?:a \w+ array )?on cuda:(\d)", str(error.value))
+        assert sorted(said) == sorted([(first, str(here)), (second, str(1 - here))])
+
+
+@every_call
+def test_streams_that_are_none_are_refused(name: str) -> None:
+    numbers = Numbers(put)
+    for wrong, words in (
+        (0, r"stream must be a cupy\.cuda\.Stream, or an object with __cuda_stream__ .* got 0 of type int"),
+        ("fast", "got 'fast' of type str"),
+        (stream_on(0), "stream is of cuda:0, but the arrays are on cuda:1"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            CALLS[name](numbers, stream=wrong)
+    for home in ("numpy", "numba"):
+        with swl.use_backend(home), pytest.raises(TypeError, match=f"stream is for arrays on a device.*'{home}'"):
+            CALLS[name](Numbers(np.asarray), stream=stream_on())
+
+
+def test_layers_take_no_stream() -> None:
+    with pytest.raises(TypeError, match="unknown option 'stream'"):
+        swl.SoftmaxWithLoss(stream=stream_on())  # type: ignore[call-arg]
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+TORCHS = 0x7000
+"""Torch's current stream."""
+
+
+@pytest.fixture
+def torch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give torch, whose tensors swl takes for tensors on the device: of the bridge, only DLPack needs a card."""
+    torch = pytest.importorskip("torch", reason="tensors need torch: pip install 'swl[torch]'")
+    from swl.torch import _bridge, _linear, _loss
+
+    class Bridge(_bridge.Cuda):
+        def __init__(self, device: int = THERE) -> None:
+            self.backend, self.device = get(emulated.NAME), device
+
+        def array(self, t: Any) -> Any:
+            return stand_in.ndarray(t.detach().numpy(), self.device)
+
+        def tensor(self, a: Any) -> Any:
+            assert a.device.id == self.device
+            return torch.from_numpy(a._host)
+
+    for module in (_loss, _linear):
+        monkeypatch.setattr(module, "bridge", lambda _: Bridge())
+    stream = SimpleNamespace(cuda_stream=TORCHS)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: {THERE: stream}[device])
+    return torch
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("target", ["ids", "probabilities"])
+def test_tensors_are_worked_on_on_their_device_and_torchs_stream(torch: Any, target: str, reduction: str) -> None:
+    rng = np.random.default_rng(0)
+    x, W, b = (torch.from_numpy(rng.normal(size=s).astype(np.float32)) for s in ((N, D), (C, D), (C,)))
+    t = (
+        torch.tensor([0, 1, -100, 3, 39, 5])
+        if target == "ids"
+        else torch.from_numpy(rng.dirichlet(np.ones(C), N)).float()
+    )
+    leaves = [a.requires_grad_() for a in (x, W, b)]
+    options = {"weight": torch.linspace(1, 2, C), "reduction": reduction, "label_smoothing": 0.1}
+    traced = None, None, reduction, -100, 0.1, 0.0, 0.0
+    y = torch.nn.functional.linear(*leaves)
+    want = torch.nn.functional.cross_entropy(y, t, **options)
+    up = torch.full_like(want, 0.5)
+
+    def gradients(loss: Any) -> Any:
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, up, retain_graph=True)]
+
+    with only_on(THERE, TORCHS):
+        ops, w = torch.ops.swl, options["weight"]
+        found = [
+            gradients(swl.torch.cross_entropy(swl.torch.affine(*leaves), t, **options)),
+            gradients(swl.torch.linear_cross_entropy(x, W, t, linear_bias=b, **options)),
+            gradients(ops.cross_entropy(ops.affine(*leaves), t, w, *traced, torch.float32)[0]),
+            gradients(ops.linear_cross_entropy(x, W, t, b, w, *traced, 1 << 20, torch.float32)[0]),
+        ]
+    for got in found:
+        torch.testing.assert_close(got, gradients(want), rtol=1e-4, atol=1e-4)
