@@ -348,8 +348,7 @@ class Embedding(Layer):
     def __init__(self, W: Any) -> None:
         self.backend = resolve(None, {"W": W}).name
         backend = get(self.backend)
-        with backend.scope(W=W):
-            self.W, _ = checks.affine_parameters(backend, bring(backend, "W", W), None)
+        self.W, _ = checks.affine_parameters(backend, bring(backend, "W", W), None)
         self.dW: Any = None
 
     @classmethod

@@ -445,6 +445,7 @@ def test_tensors_are_worked_on_on_their_device_and_torchs_stream(torch: Any, tar
         else torch.from_numpy(rng.dirichlet(np.ones(C), N)).float()
     )
     leaves = [a.requires_grad_() for a in (x, W, b)]
+    every = leaves if target == "ids" else [*leaves, t.requires_grad_()]
     options = {"weight": torch.linspace(1, 2, C), "reduction": reduction, "label_smoothing": 0.1}
     traced = None, None, reduction, -100, 0.1, 0.0, 0.0
     y = torch.nn.functional.linear(*leaves)
@@ -452,9 +453,14 @@ def test_tensors_are_worked_on_on_their_device_and_torchs_stream(torch: Any, tar
     up = torch.full_like(want, 0.5)
 
     def gradients(loss: Any) -> Any:
-        return [loss.detach(), *torch.autograd.grad(loss, leaves, up, retain_graph=True)]
+        return [loss.detach(), *torch.autograd.grad(loss, every, up, retain_graph=True)]
 
     with only_on(THERE, TORCHS):
+        with torch.no_grad():
+            plain = [
+                swl.torch.cross_entropy(swl.torch.affine(*leaves), t, **options),
+                swl.torch.linear_cross_entropy(x, W, t, linear_bias=b, **options),
+            ]
         ops, w = torch.ops.swl, options["weight"]
         found = [
             gradients(swl.torch.cross_entropy(swl.torch.affine(*leaves), t, **options)),
@@ -462,5 +468,6 @@ def test_tensors_are_worked_on_on_their_device_and_torchs_stream(torch: Any, tar
             gradients(ops.cross_entropy(ops.affine(*leaves), t, w, *traced, torch.float32)[0]),
             gradients(ops.linear_cross_entropy(x, W, t, b, w, *traced, 1 << 20, torch.float32)[0]),
         ]
+    torch.testing.assert_close(plain, [want.detach()] * 2, rtol=1e-4, atol=1e-4)
     for got in found:
         torch.testing.assert_close(got, gradients(want), rtol=1e-4, atol=1e-4)
