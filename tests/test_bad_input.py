@@ -157,13 +157,27 @@ def test_out_that_overlaps_another_operand(backend: Any) -> None:
         )
 
 
-def test_out_beside_the_logits_in_one_buffer(host_backend: Any) -> None:
-    """Two halves of one array interleave in memory and share nothing (on a device the bounds decide)."""
-    base = np.zeros((3, 8), np.float32)
-    _, want = call(host_backend)
-    swl.cross_entropy_value_and_grad(base[:, :4], GOOD["target"], out=base[:, 4:])
-    np.testing.assert_array_equal(base[:, 4:], want)
-    np.testing.assert_array_equal(base[:, :4], GOOD["logits"])
+@pytest.mark.parametrize("C", [4, 300, 9001])
+@pytest.mark.parametrize("beside", ["side by side", "interleaved", "row by row"])
+def test_out_beside_the_logits_in_one_buffer(backend: Any, beside: str, C: int) -> None:
+    """Two parts of one array lie between each other's bounds and share nothing."""
+    z = np.random.default_rng(0).normal(size=(3, C)).astype(np.float32)
+    _, want = swl.cross_entropy_value_and_grad(backend.array(z), backend.array(GOOD["target"]))
+    shape = (6, C) if beside == "row by row" else (3, 2 * C)
+    here, there = {
+        "side by side": ((slice(None), slice(C)), (slice(None), slice(C, None))),
+        "interleaved": ((slice(None), slice(0, None, 2)), (slice(None), slice(1, None, 2))),
+        "row by row": (slice(0, None, 2), slice(1, None, 2)),
+    }[beside]
+    both = np.zeros(shape, np.float32)
+    both[here] = z
+    base = backend.array(both, writeable=True)
+    swl.cross_entropy_value_and_grad(base[here], backend.array(GOOD["target"]), out=base[there])
+    both[there] = backend.numpy(want)
+    np.testing.assert_allclose(backend.numpy(base), both, rtol=1e-6, atol=1e-7)
+    logits, out = (base.reshape(-1)[start:][: 3 * C].reshape(3, C) for start in (0, 3 * C - 1))
+    with pytest.raises(ValueError, match="out overlaps logits"):  # by one element
+        swl.cross_entropy_value_and_grad(logits, backend.array(GOOD["target"]), out=out)
 
 
 def test_out_of_overlapping_elements(backend: Any) -> None:
@@ -187,6 +201,21 @@ def test_out_of_another_kind(backend: Any) -> None:
 def test_out_that_is_read_only(host_backend: Any) -> None:
     with pytest.raises(ValueError, match="out is read-only"):
         call(host_backend, out=np.zeros((3, 4), np.float32))
+
+
+def test_streams_are_for_devices(host_backend: Any) -> None:
+    x, W, t = np.zeros((2, 3)), np.zeros((3, 4)), np.array([0, 1])
+    calls = {
+        swl.affine: (x, W),
+        swl.affine_backward: (x @ W, x, W),
+        swl.cross_entropy: (x, t),
+        swl.cross_entropy_value_and_grad: (x, t),
+        swl.linear_cross_entropy: (x, W, t),
+        swl.linear_cross_entropy_value_and_grad: (x, W, t),
+    }
+    for function, operands in calls.items():
+        with pytest.raises(TypeError, match=f"stream is for arrays on a device, .*{host_backend.name}"):
+            function(*operands, stream=0)
 
 
 def test_lists_are_taken_where_arrays_are(backend: Any) -> None:
