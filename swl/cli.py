@@ -221,6 +221,8 @@ def _alone_or_on_ranks(
         if found is not None:
             print(f"swl: {found}", file=sys.stderr)
             return 2
+        with swl.use_backend(options.backend or active()):
+            distributed.own_device(comm)
         try:
             return work(prepared, grid)
         except _Refused as error:  # by all ranks
@@ -457,7 +459,8 @@ def _train_on_ranks(
     words: text.Corpus, settings: text.Settings, folder: Path | None, backend: str, grid: distributed.Grid
 ) -> text.Result:
     """Train the fused head; the memory is that of the rank that had most."""
-    with swl.use_backend(backend), text.progress(words.train, settings, "fused", grid.world.rank == 0) as on_step:
+    leads = grid.world.rank == 0
+    with swl.use_backend(backend), training.progress(text.steps(words.train, settings), "fused", leads) as on_step:
         found = text.train(
             words.train,
             words.held_out,

@@ -7,7 +7,6 @@ the words that there are. So nearly all memory is in the logits, which the fused
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib
 import itertools
 import json
@@ -29,7 +28,7 @@ from swl.data import DataError
 from swl.distributed import Checkpoints, Grid
 from swl.distributed.comm import gather_numbers
 from swl.distributed.training import rows_here, spread
-from swl.train import fit
+from swl.train import fit, progress
 
 __all__ = [
     "Corpus",
@@ -192,6 +191,11 @@ def windows(ids: Any, context: int) -> tuple[Any, Any]:
     return view[:, :-1], view[:, -1]
 
 
+def steps(train_ids: Any, settings: Settings) -> int:
+    """Count the steps of a run."""
+    return settings.epochs * math.ceil((len(train_ids) - settings.context) / settings.batch_size)
+
+
 def train(
     train_ids: Any,
     held_out: Any,
@@ -304,25 +308,9 @@ def _child(job: dict[str, Any]) -> None:
     with np.load(job["path"]) as file:
         train_ids, held_out = file["train"], file["held_out"]
     settings, head = Settings(*job["settings"]), job["head"]
-    with swl.use_backend(job["backend"]), progress(train_ids, settings, head) as on_step:
+    with swl.use_backend(job["backend"]), progress(steps(train_ids, settings), head) as on_step:
         result = train(train_ids, held_out, job["n_words"], settings, head, on_step)
     print(json.dumps(result._asdict()))
-
-
-@contextlib.contextmanager
-def progress(train_ids: Any, settings: Settings, head: str, shown: bool = True) -> Iterator[Callable[[Any], None]]:
-    """Show a bar on stderr; gives what is to be told the loss of each step."""
-    from tqdm import tqdm
-
-    steps = settings.epochs * math.ceil((len(train_ids) - settings.context) / settings.batch_size)
-    with tqdm(total=steps, unit="step", leave=False, desc=head, disable=not shown) as bar:
-
-        def on_step(loss: Any) -> None:
-            if shown and bar.n % 10 == 0:  # a device is waited for only now and then
-                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
-            bar.update()
-
-        yield on_step
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from swl.distributed.training import accuracy as spread_accuracy
 from swl.distributed.training import collect, rows_here, spread
 from swl.gradcheck import GradientReport
 
-__all__ = ["Epoch", "Result", "Settings", "fit", "plot", "save", "train"]
+__all__ = ["Epoch", "Result", "Settings", "fit", "plot", "progress", "save", "train"]
 
 
 class Settings(NamedTuple):
@@ -220,6 +221,20 @@ def fit(
             checkpoints.save(number, net, optimizer, {"history": history, **run})
     trained = (len(history) - done) * rows
     return history, trained / seconds if trained else 0.0
+
+
+@contextlib.contextmanager
+def progress(steps: int, name: str, shown: bool = True) -> Iterator[Callable[[Any], None]]:
+    """Show a bar on stderr; gives what is to be told the loss of each step."""
+    tqdm = require("tqdm", "the progress bar of swl train").tqdm
+    with tqdm(total=steps, unit="step", leave=False, desc=name, disable=not shown) as bar:
+
+        def on_step(loss: Any) -> None:
+            if shown and bar.n % 10 == 0:  # a device is waited for only now and then
+                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+            bar.update()
+
+        yield on_step
 
 
 def accuracy(net: Any, part: Part, grid: Grid | None = None) -> float:

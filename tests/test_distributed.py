@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -17,9 +18,14 @@ import pytest
 
 pytest.importorskip("mpi4py")
 
+import swl
+from conftest import NO_EMULATOR, NO_GPU
+from swl.backends import get
+from swl.distributed import transport
 from swl.distributed.comm import Counted, Grid, in_blocks, sum_in_order
 
 HERE = Path(__file__).parent / "mpi"
+sys.path.append(str(HERE))
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "SWL_BACKEND": "numpy"}
 
@@ -83,6 +89,94 @@ def test_what_differs_between_ranks_is_found_before_anything_is_sent() -> None:
 def test_importing_the_library_imports_no_mpi() -> None:
     code = "import sys, swl, swl.distributed; sys.exit('mpi4py' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+on_emulated_devices = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+
+
+@on_emulated_devices
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_arrays_of_devices_travel_by_three_ways_to_the_same_bits(ranks: int) -> None:
+    """Through the host, by MPI and by NCCL; as on the host; nothing waits where nothing must, on any device or stream."""
+    found = {on(ranks, HERE / "device.py", "cupy-emulated", SWL_TRANSPORT=how) for how in ("host", "mpi", "nccl")}
+    assert len(found) == 1
+    assert "cases" in found.pop()
+
+
+@on_emulated_devices
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_arrays_of_devices_travel_by_is_chosen_on_all_ranks_alike(ranks: int) -> None:
+    assert on(ranks, HERE / "choose.py") == "all chosen\n"
+
+
+@on_emulated_devices
+def test_train_on_devices_prints_what_the_host_prints() -> None:
+    """Both networks over 2 × 2 ranks, each on a device of its own, by NCCL."""
+    emulated = f"import sys; sys.path.insert(0, {str(HERE)!r}); import devices; devices.install(); "
+    for arguments in (
+        (*TEXT, "--dtype", "float64", "--limit", "1000"),
+        (*DIGITS, "--epochs", "1", "--batch-size", "100"),
+    ):
+        command = (*arguments, "--class-parallel", "2")
+        on_host = on(4, *SWL, *command)
+        want = re.findall("epoch.*|test .*", on_host)
+        assert len(want) == 2
+        out = on(4, SWL[0], emulated + SWL[1], *command, "--backend", "cupy-emulated")
+        assert re.findall("epoch.*|test .*", out) == want
+
+
+@pytest.mark.parametrize("how", ["host", "nccl"])
+def test_arrays_of_gpus_travel(how: str, request: pytest.FixtureRequest) -> None:
+    """On real cards, of which NCCL needs one for each rank; that an MPI reads device memory cannot be expected of it."""
+    try:
+        count = get("cupy").xp.cuda.runtime.getDeviceCount()
+    except swl.BackendUnavailable as error:
+        if request.config.getoption("require_gpu"):
+            pytest.fail(f"--require-gpu: {error}", pytrace=False)
+        pytest.skip(f"{NO_GPU} {error}")
+    ranks = 2 if how == "host" else min(count, 4)
+    if ranks < 2:
+        pytest.skip(f"{NO_GPU} NCCL between two ranks needs two")
+    assert "cases" in on(ranks, HERE / "device.py", "cupy", SWL_TRANSPORT=how)
+
+
+def test_the_stand_in_for_nccl_has_cupys_methods_and_arguments() -> None:
+    """CuPy's module of it cannot be imported without NCCL, but has the signatures in its text."""
+    cupy = pytest.importorskip("cupy", reason="comparing with CuPy needs CuPy: pip install 'swl[test-cuda]'")
+    import devices
+
+    (library,) = Path(cupy.__file__).parents[1].glob("cupy_backends/cuda/libs/nccl*.so")
+    text = library.read_bytes().decode("latin-1")
+
+    def arguments(signature: str) -> list[str]:
+        return [part.split("=")[0].split()[-1] for part in signature.split(",")]
+
+    for name in ("send", "recv", "bcast"):
+        (theirs,) = set(re.findall(rf"NcclCommunicator\.{name}\(([^)]*)\)", text))
+        assert arguments(theirs) == list(inspect.signature(getattr(devices.NcclCommunicator, name)).parameters)
+    theirs = re.search(r"NcclCommunicator\((int [^)]*)\)", text)[1]
+    ours = list(inspect.signature(devices.NcclCommunicator).parameters)
+    assert arguments(theirs)[: len(ours)] == ours
+    for name in ("get_unique_id", "groupStart", "groupEnd"):
+        assert f"{name}()" in text
+        assert not inspect.signature(getattr(devices.nccl, name)).parameters
+    assert "NCCL_UINT8" in text
+    module, reason = transport._nccl(cupy)
+    assert module.__name__ == "cupy.cuda.nccl"
+    assert bool(reason) != module.available
+
+
+def test_what_the_stand_in_is_completed_with_is_cupys() -> None:
+    cupy = pytest.importorskip("cupy", reason="comparing with CuPy needs CuPy: pip install 'swl[test-cuda]'")
+    import devices
+
+    assert list(inspect.signature(devices.get).parameters) == ["self", "stream", "order", "out", "blocking"]
+    assert "get(self, stream=None, order='C', out=None, blocking=True)" in cupy.ndarray.get.__doc__
+    assert "alloc_pinned_memory(size_t size)" in cupy.cuda.alloc_pinned_memory.__doc__
+    assert "deviceGetPCIBusId(int device)" in cupy.cuda.runtime.deviceGetPCIBusId.__doc__
+    assert callable(cupy.cuda.Stream.synchronize)
 
 
 # ------------------------------------------------------------------------------------------------ the rows
@@ -298,7 +392,7 @@ def test_blocks_cover_everything_evenly(n: int, parts: int) -> None:
 
 def test_a_sum_over_one_rank_is_the_array() -> None:
     x = np.arange(3.0)
-    sum_in_order(OneRank(), x)
+    sum_in_order(OneRank(), np, x)
     np.testing.assert_array_equal(x, [0, 1, 2])
 
 

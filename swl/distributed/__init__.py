@@ -21,5 +21,6 @@ from swl.distributed.checkpoint import Checkpoints
 from swl.distributed.comm import Counted, Grid, run
 from swl.distributed.data import DataParallel
 from swl.distributed.head import ClassParallelHead
+from swl.distributed.transport import own_device
 
-__all__ = ["Checkpoints", "ClassParallelHead", "Counted", "DataParallel", "Grid", "run"]
+__all__ = ["Checkpoints", "ClassParallelHead", "Counted", "DataParallel", "Grid", "own_device", "run"]

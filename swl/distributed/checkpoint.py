@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.arrays import beside
+from swl.backends import scope
 from swl.distributed.comm import Grid, agree, as_numpy
 
 __all__ = ["Checkpoints"]
@@ -202,7 +203,8 @@ class Checkpoints:
             if p.size:
                 if values[f"p:{name}"].dtype != p.dtype:
                     raise ValueError(f"{path}: {name!r} is {values[f'p:{name}'].dtype}, the network's is {p.dtype}")
-                p[...] = beside(p, values[f"p:{name}"])
+                with scope(p=p):
+                    p[...] = beside(p, values[f"p:{name}"])
         optimizer.steps = state["optimizer_steps"]
         optimizer.state = {}
         for name, p in parameters.items():

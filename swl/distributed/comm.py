@@ -117,7 +117,8 @@ class Counted:
 
     def __getattr__(self, name: str) -> Any:
         """Refuse what would not be counted."""
-        if name in ("allgather", "Get_rank", "Get_size", "Abort"):  # objects travel only where an error is reported
+        # objects travel only where an error is reported, or something is set up
+        if name in ("allgather", "bcast", "Get_rank", "Get_size", "Abort"):
             return getattr(self.comm, name)
         raise AttributeError(f"Counted does not count {name!r}")
 
@@ -128,13 +129,14 @@ def in_blocks(n: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def exchange(comm: Any, rows: Any, work: Callable[[Any], Any]) -> Any:
+def exchange(comm: Any, xp: Any, rows: Any, work: Callable[[Any], Any]) -> Any:
     """Share out the last axis, let each rank `work` on its part of all ranks' arrays, and gather the results.
 
     Parameters
     ----------
-    comm : communicator of P ranks
-    rows : NumPy array, shape (k, n)
+    comm : communicator of P ranks, or transport of arrays of a device (`swl.distributed.transport`)
+    xp : numpy or cupy
+    rows : array, shape (k, n)
         The same shape on all ranks.
     work : callable
         Takes an array (P, k, n_part), in the order of the ranks, and gives one (j, n_part) of the same dtype.
@@ -147,15 +149,15 @@ def exchange(comm: Any, rows: Any, work: Callable[[Any], Any]) -> Any:
     cuts = in_blocks(n, comm.size)
     sizes = np.array([b - a for a, b in cuts])
     mine = int(sizes[comm.rank])
-    send = np.concatenate([rows[:, a:b].ravel() for a, b in cuts])
-    recv = np.empty((comm.size, k, mine), rows.dtype)
+    send = xp.concatenate([rows[:, a:b].ravel() for a, b in cuts])
+    recv = xp.empty((comm.size, k, mine), rows.dtype)
     comm.Alltoallv([send, block_layout(k * sizes)], [recv, block_layout(np.full(comm.size, k * mine))])
-    done = np.ascontiguousarray(work(recv))
+    done = xp.ascontiguousarray(work(recv))
     j = done.shape[0]
-    flat = np.empty(j * n, rows.dtype)
+    flat = xp.empty(j * n, rows.dtype)
     comm.Allgatherv(done, [flat, block_layout(j * sizes)])
     pieces = [flat[j * a : j * b].reshape(j, b - a) for a, b in cuts]
-    return np.concatenate(pieces, axis=1)
+    return xp.concatenate(pieces, axis=1)
 
 
 def block_layout(counts: Any) -> tuple[Any, Any]:
@@ -163,23 +165,30 @@ def block_layout(counts: Any) -> tuple[Any, Any]:
     return counts, np.concatenate(([0], np.cumsum(counts)[:-1]))
 
 
-def sum_in_order(comm: Any, x: Any) -> None:
-    """Replace a contiguous NumPy array by its sum over the ranks, formed in their order, a block at a time.
+def sum_in_order(comm: Any, xp: Any, x: Any) -> None:
+    """Replace a contiguous array by its sum over the ranks, formed in their order, a block at a time.
 
-    The result is bitwise the same on all ranks. Extra memory is `BLOCK` bytes.
+    The result is bitwise the same on all ranks. Extra memory is `BLOCK` bytes. `comm` and `xp` are as for `exchange`.
     """
     if comm.size == 1:
         return
-    flat = x.reshape(-1)
-    if not np.shares_memory(flat, x) and x.size:
+    if not x.flags.c_contiguous:
         raise ValueError("sum_in_order needs a contiguous array")
+    flat = x.reshape(-1)
     step = max(comm.size, BLOCK // x.itemsize)
     for start in range(0, flat.size, step):
         block = flat[start : start + step]
         sizes = np.array([b - a for a, b in in_blocks(block.size, comm.size)])
-        recv = np.empty((comm.size, int(sizes[comm.rank])), x.dtype)
+        recv = xp.empty((comm.size, int(sizes[comm.rank])), x.dtype)
         comm.Alltoallv([block, block_layout(sizes)], [recv, block_layout(np.full(comm.size, recv.shape[1]))])
         comm.Allgatherv(ordered_sum(recv), [block, block_layout(sizes)])
+
+
+def gather_values(comm: Any, xp: Any, value: Any) -> Any:
+    """Gather one number of each rank, a 0-d array of the device: shape (P,), float64."""
+    found = xp.empty(comm.size, np.float64)
+    comm.Allgatherv(xp.asarray(value, np.float64).reshape(1), [found, block_layout(np.ones(comm.size, int))])
+    return found
 
 
 def as_numpy(x: Any) -> Any:

@@ -187,7 +187,7 @@ def calibrate(comm: Any) -> Machine:
     big = np.zeros(2**20, np.float32)
     sent = 2 * (comm.size - 1) / comm.size * big.nbytes
     blocks = 2 * -(-big.nbytes // BLOCK)
-    took = _median(comm, lambda: sum_in_order(comm, big))
+    took = _median(comm, lambda: sum_in_order(comm, np, big))
     bandwidth = sent / max(took - blocks * latency, 1e-9) if comm.size > 1 else np.inf
 
     def local(measured: Measured, step: Step) -> float:

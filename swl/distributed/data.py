@@ -9,17 +9,27 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from swl import passes
-from swl.arrays import beside
+from swl.backends import get, resolve
 from swl.checks import acc_dtype
-from swl.distributed.comm import agree, as_numpy, block_layout, gather_numbers, in_blocks, ordered_sum
+from swl.distributed.comm import (
+    agree,
+    as_numpy,
+    block_layout,
+    gather_numbers,
+    gather_values,
+    in_blocks,
+    ordered_sum,
+)
 from swl.distributed.head import ClassParallelHead
+from swl.distributed.transport import over
 from swl.head import AffineSoftmaxWithLoss
-from swl.layer import Layer
+from swl.layer import Layer, bring
 from swl.layers import Sequential, SoftmaxWithLoss
 
 __all__ = ["DataParallel"]
@@ -73,15 +83,22 @@ class DataParallel(Layer):
                     "net must be a Sequential whose last layer is a SoftmaxWithLoss, AffineSoftmaxWithLoss or "
                     f"ClassParallelHead, got {net!r}"
                 )
+            on_host = all(isinstance(p, np.ndarray) for p in net.parameters().values())
+            self._backend = get("numpy") if on_host else resolve(None, net.parameters())
             found = {name: (p.shape, str(p.dtype)) for name, p in net.parameters().items()}
             return f"{found}, {net!r}, bucket {bucket}, check_every {check_every}"
 
         agree(comm, "DataParallel", describe)
         self.loss_layer: Any = net[len(net) - 1]
-        for p in net.parameters().values():
-            values = np.ascontiguousarray(as_numpy(p))
-            comm.Bcast(values.reshape(-1).view(np.uint8), 0)
-            p[...] = beside(p, values)
+        with self._scope():
+            self.transport, xp = over(comm, self._backend), self._backend.xp
+            for p in net.parameters().values() if comm.size > 1 else ():
+                values = xp.ascontiguousarray(p)
+                self.transport.Bcast(values.reshape(-1).view(np.uint8), 0)
+                p[...] = values.reshape(p.shape)
+
+    def _scope(self) -> AbstractContextManager[object]:
+        return self._backend.scope(**dict(list(self.net.parameters().items())[:1]))
 
     def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
         """Compute the loss of all ranks' rows, and leave its gradients on the layers.
@@ -119,24 +136,30 @@ class DataParallel(Layer):
             denominator, finish = _begin(self.loss_layer, scores, t)
             return ""
 
-        agree(self.comm, "DataParallel.forward_backward", describe)
-        options = self.loss_layer.options
-        averages = options.reduction == "mean" and options.denominator is None
-        here = float(denominator) if averages else 1.0
-        total = float(ordered_sum(gather_numbers(self.comm, here))[0]) if averages else 1.0
-        share = here / total if total else 0.0
-        loss, dx = finish(dout if share == 1 else dout * share)
-        if options.reduction != "none" and self.comm.size > 1:
-            whole = ordered_sum(gather_numbers(self.comm, float(loss) * share))
-            loss = beside(loss, np.asarray(whole[0], dtype=loss.dtype))
+        with self._scope():
+            agree(self.comm, "DataParallel.forward_backward", describe)
+            xp, options, share = self._backend.xp, self.loss_layer.options, 1.0
+            if options.reduction == "mean" and options.denominator is None:
+                share = _share(xp, denominator, self._total(denominator))
+            loss, dx = finish((bring(self._backend, "dout", dout) if hasattr(dout, "dtype") else dout) * share)
+            if options.reduction != "none" and self.comm.size > 1:
+                loss = xp.asarray(self._total(loss.astype(np.float64) * share), dtype=loss.dtype)
 
-        sums = _Buckets(self.comm, self.bucket)
-        sums.add(self.loss_layer)
-        for layer in reversed(self.net.layers[:-1]):
-            dx = layer.backward(dx)
-            sums.add(layer)
-        sums.finish()
+            sums = _Buckets(self.transport, xp, self.bucket)
+            sums.add(self.loss_layer)
+            for layer in reversed(self.net.layers[:-1]):
+                dx = layer.backward(dx)
+                sums.add(layer)
+            sums.finish()
         return loss, dx
+
+    def _total(self, number: Any) -> Any:
+        """Add up a number over the ranks, in their order: a float, or of a device, which nobody waits for, a 0-d array."""
+        xp = self._backend.xp
+        if xp is np:
+            return float(ordered_sum(gather_numbers(self.comm, float(number)))[0])
+        number = number if hasattr(number, "dtype") else xp.full((), number, np.float64)
+        return ordered_sum(gather_values(self.transport, xp, number)) if self.comm.size > 1 else number
 
     def check_parameters(self) -> None:
         """Compare a checksum of the parameters over the ranks.
@@ -190,11 +213,18 @@ def _begin(loss: Any, x: Any, t: Any) -> tuple[Any, Callable[[Any], tuple[Any, A
     return problem.denominator, lambda dout: loss.forward_backward(x, t, dout)
 
 
+def _share(xp: Any, part: Any, total: Any) -> Any:
+    """part/total, and 0 where nothing counts on any rank."""
+    if isinstance(total, float):
+        return part / total if total else 0.0
+    return xp.where(total == 0, 0.0, part / xp.where(total == 0, 1.0, total))
+
+
 class _Buckets:
     """Gradients on their way: a bucket is sent as soon as it is full, and added up at the end, in order."""
 
-    def __init__(self, comm: Any, size: int) -> None:
-        self.comm, self.size = comm, size
+    def __init__(self, comm: Any, xp: Any, size: int) -> None:
+        self.comm, self.xp, self.size = comm, xp, size
         self.waiting: list[Any] = []
         self.under_way: list[tuple[Any, Any, Any, list[Any]]] = []
 
@@ -216,9 +246,9 @@ class _Buckets:
         if not self.waiting:
             return
         acc = acc_dtype(self.waiting[0].dtype)
-        flat = np.concatenate([as_numpy(g).reshape(-1).astype(acc, copy=False) for g in self.waiting])
+        flat = self.xp.concatenate([g.reshape(-1).astype(acc, copy=False) for g in self.waiting])
         sizes = np.array([b - a for a, b in in_blocks(flat.size, self.comm.size)])
-        received = np.empty((self.comm.size, int(sizes[self.comm.rank])), acc)
+        received = self.xp.empty((self.comm.size, int(sizes[self.comm.rank])), acc)
         layout = block_layout(np.full(self.comm.size, received.shape[1]))
         request = self.comm.Ialltoallv([flat, block_layout(sizes)], [received, layout])
         self.under_way.append((request, flat, received, self.waiting))
@@ -237,5 +267,5 @@ class _Buckets:
             request.Wait()
             start = 0
             for g in gradients:
-                g[...] = beside(g, flat[start : start + g.size].reshape(g.shape).astype(g.dtype, copy=False))
+                g[...] = flat[start : start + g.size].reshape(g.shape).astype(g.dtype, copy=False)
                 start += g.size

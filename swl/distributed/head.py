@@ -17,17 +17,18 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
 from swl import checks
-from swl.arrays import beside
-from swl.backends import Rows, get, resolve
+from swl.backends import Backend, Rows, active, get, resolve
 from swl.combine import combine, row_loss
 from swl.distributed.comm import agree, as_numpy, exchange, gather_numbers, in_blocks, sum_in_order
+from swl.distributed.transport import over
 from swl.fused import DEFAULT_BUDGET, Gradients, Plan, plan, sweep
-from swl.layers import Layer
+from swl.layer import Layer, bring
 from swl.passes import AffinePass, empty_like_weights
 from swl.problem import ChunkedProbabilities, Problem, problem
 from swl.targets import OptionKwargs, Options, Target
@@ -44,7 +45,6 @@ class _Step(NamedTuple):
     problem: Problem  # of all classes; its target has the columns of this rank
     x: Any  # as it came
     x2: Any  # (N, D)
-    host: Target  # what combining needs of the target, as NumPy arrays
 
 
 class ClassParallelHead(Layer):
@@ -53,7 +53,8 @@ class ClassParallelHead(Layer):
     Parameters
     ----------
     comm : mpi4py.MPI.Comm
-        The ranks that share the classes. All of them call every method together, with the same `x` and `t`.
+        The ranks that share the classes. All of them call every method together, with the same `x` and `t`. Arrays on a
+        device travel as ``SWL_TRANSPORT`` says (docs/scale.md).
     W : array, shape (D, C_k), floating
         The columns of this rank; shards lie in the order of the ranks, and C = Σ_k C_k. They may differ in size, and a
         rank may have none. Kept, not copied.
@@ -104,7 +105,8 @@ class ClassParallelHead(Layer):
             self.options = Options.checked(options)
             backend = resolve(self.options.backend, {"W": W, "b": b, "weight": self.options.weight})
             self.backend = backend.name
-            self.W, self.b = checks.affine_parameters(backend, W, b)
+            with backend.scope(W=W, b=b):
+                self.W, self.b = checks.affine_parameters(backend, W, b)
             plan(1, 1, 1, memory_budget=memory_budget)
             plain = {k: v for k, v in self.options._asdict().items() if k not in ("weight", "sample_weight")}
             given = [name for name in ("weight", "sample_weight") if getattr(self.options, name) is not None]
@@ -114,6 +116,8 @@ class ClassParallelHead(Layer):
             )
 
         agree(comm, "ClassParallelHead", describe)
+        with self._scope():
+            self.transport = over(comm, self._backend)
         self.sizes = [int(size) for size in gather_numbers(comm, self.W.shape[1])[:, 0]]
         self.C, self.first = sum(self.sizes), sum(self.sizes[: comm.rank])
         if self.C == 0:
@@ -129,7 +133,7 @@ class ClassParallelHead(Layer):
     def init(
         cls, comm: Any, D: int, C: int, *, rng: int = 0, dtype: Any = np.float32, bias: bool = True, **keywords: Any
     ) -> ClassParallelHead:
-        """Draw this rank's share of ``W ~ N(0, 2/D)``, C/P classes or one more, and set ``b = 0``.
+        """Draw this rank's share of ``W ~ N(0, 2/D)``, C/P classes or one more, and set ``b = 0``, on the active backend.
 
         The weights of a class depend on the seed and its id alone, not on the number of ranks.
 
@@ -155,7 +159,9 @@ class ClassParallelHead(Layer):
             drawn = np.random.default_rng([rng, block]).standard_normal((DRAWN_TOGETHER, D)).T * math.sqrt(2 / D)
             a, b = max(first, start), min(stop, start + DRAWN_TOGETHER)
             W[:, a - first : b - first] = drawn[:, a - start : b - start]
-        return cls(comm, W, np.zeros(stop - first, dtype) if bias else None, **keywords)
+        backend = get(keywords.get("backend") or active())
+        b = backend.asarray(np.zeros(stop - first, dtype)) if bias else None
+        return cls(comm, backend.asarray(W), b, **keywords)
 
     @classmethod
     def of(cls, comm: Any, W: Any, b: Any = None, **keywords: Any) -> ClassParallelHead:
@@ -164,13 +170,21 @@ class ClassParallelHead(Layer):
         return cls(comm, W[:, first:stop].copy(), None if b is None else b[first:stop].copy(), **keywords)
 
     def _place_weight(self) -> str:
-        backend = get(self.backend)
-        weight = checks.real_array(backend, "weight", self.options.weight)
-        if weight.shape == (self.C,):
-            weight = weight[self.first : self.first + self.W.shape[1]]
-        checks.require_shape("weight", weight, (self.W.shape[1],), f"one per class here; or ({self.C},), all classes")
-        self._weight = weight
+        with self._scope(weight=self.options.weight):
+            weight = checks.real_array(self._backend, "weight", bring(self._backend, "weight", self.options.weight))
+            if weight.shape == (self.C,):
+                weight = weight[self.first : self.first + self.W.shape[1]]
+            legal = f"one per class here; or ({self.C},), all classes"
+            checks.require_shape("weight", weight, (self.W.shape[1],), legal)
+            self._weight = weight
         return str(weight.dtype)
+
+    @property
+    def _backend(self) -> Backend:
+        return get(self.backend)
+
+    def _scope(self, **arrays: Any) -> AbstractContextManager[object]:
+        return self._backend.scope(W=self.W, **arrays)
 
     # ------------------------------------------------------------------------------------------------ a step
 
@@ -191,11 +205,12 @@ class ClassParallelHead(Layer):
         stats : RowStats
             Only with ``stats=True``.
         """
-        step = self.begin(x, t)
-        rows, _ = self._sweeps(step, None, None, stats)
-        self._saved = step, rows
-        self.loss = step.problem.reduce(rows.loss)
-        return (self.loss, step.problem.stats(rows)) if stats else self.loss
+        with self._scope(x=x, t=t):
+            step = self.begin(x, t)
+            rows, _ = self._sweeps(step, None, None, stats)
+            self._saved = step, rows
+            self.loss = step.problem.reduce(rows.loss)
+            return (self.loss, step.problem.stats(rows)) if stats else self.loss
 
     def backward(self, dout: Any = 1) -> Any:
         """Compute ``dx``, and leave ``dW`` and ``db`` of the classes here on the head.
@@ -214,7 +229,8 @@ class ClassParallelHead(Layer):
             Before the first `forward`.
         """
         step, rows = self._last_forward()
-        return self._sweeps(step, dout, rows, False)[1]
+        with self._scope(dout=dout):
+            return self._sweeps(step, dout, rows, False)[1]
 
     def forward_backward(self, x: Any, t: Any, dout: Any = 1, *, stats: bool = False) -> Any:
         """Compute loss and gradients, bitwise as `forward`, then `backward`: ``loss, dx``, and statistics if asked."""
@@ -227,37 +243,40 @@ class ClassParallelHead(Layer):
         def describe() -> str:
             nonlocal step
             step = self._check(x, t)
-            target = step.problem.target
-            ids = "" if target.ids is None else f" with checksum {_checksum(step.host.ids)}"
+            p = step.problem
+            # what a device holds is waited for only where that was asked for
+            seen = _checksum if p.backend.xp is np or p.options.check else lambda array: "not looked at"
+            kind = "probabilities" if p.target.ids is None else f"ids with checksum {seen(p.target.ids)}"
             return (
-                f"x of shape {step.x.shape} and {step.x.dtype}, {'probabilities' if target.ids is None else 'ids'} of "
-                f"shape {step.problem.leading}{ids}, "
-                f"sample_weight with checksum {_checksum(step.problem.sample_weight)}"
+                f"x of shape {step.x.shape} and {step.x.dtype}, target of shape {p.leading}, {kind}, "
+                f"sample_weight with checksum {'none' if p.sample_weight is None else seen(p.sample_weight)}"
             )
 
-        agree(self.comm, "ClassParallelHead.forward", describe)
-        assert step is not None
-        return self._share_row_weight(step) if self._weight is not None else step
+        with self._scope(x=x, t=t):
+            agree(self.comm, "ClassParallelHead.forward", describe)
+            assert step is not None
+            return self._share_row_weight(step) if self._weight is not None else step
 
     def finish(self, step: _Step, dout: Any = 1, *, stats: bool = False) -> Any:
         """Do the sweeps of a batch that was begun; returns as `forward_backward`."""
-        rows, dx = self._sweeps(step, dout, None, stats)
-        self._saved = step, rows
-        self.loss = step.problem.reduce(rows.loss)
-        return (self.loss, dx, step.problem.stats(rows)) if stats else (self.loss, dx)
+        with self._scope(x=step.x, dout=dout):
+            rows, dx = self._sweeps(step, dout, None, stats)
+            self._saved = step, rows
+            self.loss = step.problem.reduce(rows.loss)
+            return (self.loss, dx, step.problem.stats(rows)) if stats else (self.loss, dx)
 
     def _check(self, x: Any, t: Any) -> _Step:
         """Make the problem of all classes, whose target has the columns here; no other rank is asked."""
         backend, here = get(self.backend), self.W.shape[1]
         if here != self.sizes[self.comm.rank]:
             raise ValueError(f"W had {self.sizes[self.comm.rank]} classes when the head was made, and now has {here}")
-        done = AffinePass.of(backend, backend.asarray(x), self.W)
+        done = AffinePass.of(backend, bring(backend, "x", x), self.W)
         acc = checks.acc_dtype(backend.xp.result_type(done.x2, self.W))
         N, columns = done.x2.shape[0], slice(self.first, self.first + here)
         probs = None
         if callable(t):
             probs = ChunkedProbabilities(t, slice(0, N), columns)
-        elif (t := backend.asarray(t)).shape in ((*done.leading, self.C), (*done.leading, here)) and (
+        elif (t := bring(backend, "t", t)).shape in ((*done.leading, self.C), (*done.leading, here)) and (
             t.shape != done.leading
         ):
             probs = checks.real_array(backend, "target of probabilities", t)
@@ -274,26 +293,24 @@ class ClassParallelHead(Layer):
             weight=None if self._weight is None else xp.ascontiguousarray(self._weight, dtype=acc),
             bias=None if self.b is None else xp.ascontiguousarray(self.b, dtype=acc),
         )
-        host = Target(ids=None if target.ids is None else as_numpy(target.ids), z_loss=target.z_loss)
-        return _Step(p._replace(target=target), done.x, done.x2, host)
+        return _Step(p._replace(target=target), done.x, done.x2)
 
     def _share_row_weight(self, step: _Step) -> _Step:
         """``m_n = w_{t_n}``, known to the rank that has the class, and the denominator that follows from it."""
-        p, ids = step.problem, step.host.ids
+        p, xp, here = step.problem, step.problem.backend.xp, self.W.shape[1]
+        ids = p.target.ids
         if ids is None:
             return step
-        local = ids - self.first
-        hit = (ids >= 0) & (local >= 0) & (local < self.W.shape[1])
-        m = np.zeros(ids.size, p.acc)
-        m[hit] = as_numpy(p.target.weight)[local[hit]]
-        sum_in_order(self.comm, m)
+        m = xp.zeros(ids.size, p.acc)
+        if here:
+            local = ids - self.first
+            hit = (ids >= 0) & (local >= 0) & (local < here)
+            m = xp.where(hit, p.target.weight[xp.where(hit, local, 0)], p.acc.type(0))
+        sum_in_order(self.transport, xp, m)
         if self.options.reduction == "mean" and self.options.denominator is None:
-            counted = m if p.sample_weight is None else m * as_numpy(p.sample_weight)
-            p = p._replace(denominator=float(counted.sum(dtype=np.float64)))
-        row_weight = beside(step.x2, m)
-        return step._replace(
-            problem=p._replace(target=p.target._replace(row_weight=row_weight)), host=step.host._replace(row_weight=m)
-        )
+            total = (m if p.sample_weight is None else m * p.sample_weight).sum(dtype=np.float64)
+            p = p._replace(denominator=float(total) if xp is np else total)
+        return step._replace(problem=p._replace(target=p.target._replace(row_weight=m)))
 
     def _sweeps(self, step: _Step, dout: Any, known: Rows | None, stats: bool) -> tuple[Rows, Any]:
         """Sweep: the rows of all classes, and gradients unless `dout` is None."""
@@ -315,12 +332,8 @@ class ClassParallelHead(Layer):
         self.dW = into.dW.astype(W.dtype, copy=False)
         self.db = None if self.b is None else into.db.astype(self.b.dtype, copy=False)
         dx = into.dx
-        if self.comm.size > 1:
-            total = as_numpy(dx)
-            sum_in_order(self.comm, total)
-            dx = total if backend.xp is np else beside(dx, total)
-        dtype = x.dtype
-        return rows, dx.astype(dtype, copy=False).reshape(step.x.shape)
+        sum_in_order(self.transport, backend.xp, dx)
+        return rows, dx.astype(x.dtype, copy=False).reshape(step.x.shape)
 
     def _sweep(
         self,
@@ -349,35 +362,29 @@ class ClassParallelHead(Layer):
         self, step: _Step, blocks: Iterator[tuple[int, int]], stats: bool
     ) -> Callable[[Rows, Target, Any], Rows]:
         """Make the function that combines the rows of a chunk over all ranks."""
-        comm, acc = self.comm, step.problem.acc
-        starts = [sum(self.sizes[:k]) for k in range(comm.size)]
+        p, xp, P = step.problem, step.problem.backend.xp, self.comm.size
+        kind = checks.F64 if stats else p.acc  # float64 holds class ids below 2⁵³
+        starts = [sum(self.sizes[:k]) for k in range(P)]
 
-        def across(rows: Rows, target: Target, plain: Any) -> Rows:
+        def packed(fields: list[Any]) -> Any:
+            return xp.stack([field.astype(kind, copy=False) for field in fields])
+
+        def across(rows: Rows, _: Target, plain: Any) -> Rows:
             a, b = next(blocks)
-            if comm.size == 1:
+            if P == 1:
                 return rows
-            host = step.host.rows(a, b)
-            sent = [as_numpy(f) for f in (rows.row_max, rows.log_sum, rows.target_dot, rows.mass)]
-            if stats:  # float64 holds class ids below 2⁵³
-                sent += [as_numpy(f).astype(np.float64) for f in (rows.entropy, rows.log_prob, plain, rows.argmax)]
-            mine = host.rows(*in_blocks(b - a, comm.size)[comm.rank])
+            target = p.target.rows(a, b)
+            mine = target.rows(*in_blocks(b - a, P)[self.comm.rank])
 
             def work(received: Any) -> Any:
-                parts = [_unpacked(part, acc) for part in received]
-                masses = [part[6].astype(acc) for part in received] if stats else [None] * len(parts)
-                whole = combine(np, parts, mine, starts, masses)
-                fields = [whole.row_max, whole.log_sum, whole.target_dot, whole.mass]
-                if stats:
-                    fields += [whole.entropy, whole.log_prob, whole.argmax]
-                return np.stack(fields).astype(received.dtype, copy=False)
+                parts = [_unpacked(part, p.acc) for part in received]
+                masses = [part[-1].astype(p.acc) if stats else None for part in received]
+                return packed(_fields(combine(xp, parts, mine, starts, masses), stats))
 
-            done = exchange(comm, np.stack(sent), work)
-            whole = _unpacked(done, acc) if not stats else _unpacked(np.insert(done, 6, 0, axis=0), acc)
+            sent = packed([*_fields(rows, stats), plain] if stats else _fields(rows, stats))
+            whole = _unpacked(exchange(self.transport, xp, sent, work), p.acc)
             with np.errstate(invalid="ignore"):
-                whole = whole._replace(loss=row_loss(np, whole, host))
-            if step.problem.backend.xp is np:
-                return whole
-            return Rows(*(None if f is None else beside(step.x2, f) for f in whole))
+                return whole._replace(loss=row_loss(xp, whole, target))
 
         return across
 
@@ -385,8 +392,8 @@ class ClassParallelHead(Layer):
 
     def predict(self, x: Any) -> Any:
         """Compute the scores of the classes here, shape (..., C_k); no other rank is asked."""
-        backend = get(self.backend)
-        return AffinePass.of(backend, backend.asarray(x), self.W).forward(self.b)
+        with self._scope(x=x):
+            return AffinePass.of(self._backend, bring(self._backend, "x", x), self.W).forward(self.b)
 
     def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
         """Find the k classes of all ranks with the largest scores ``x·W + b``.
@@ -410,13 +417,13 @@ class ClassParallelHead(Layer):
             nonlocal done
             if not 1 <= k <= self.C:
                 raise ValueError(f"k must be at least 1 and at most the number of classes, {self.C}, got {k}")
-            backend = get(self.backend)
-            done = AffinePass.of(backend, backend.asarray(x), self.W)
+            done = AffinePass.of(self._backend, bring(self._backend, "x", x), self.W)
             return f"k {k}, x of shape {done.x.shape} and {done.x.dtype}"
 
-        agree(self.comm, "ClassParallelHead.top_k", describe)
-        assert done is not None
-        scores, ids = self._local_top(done, k)
+        with self._scope(x=x):
+            agree(self.comm, "ClassParallelHead.top_k", describe)
+            assert done is not None
+            scores, ids = self._local_top(done, k)
 
         def work(received: Any) -> Any:
             ranks, _, n = received.shape
@@ -424,7 +431,7 @@ class ClassParallelHead(Layer):
             order = np.lexsort((every[1], -every[0]), axis=1)[:, :k]
             return np.concatenate([np.take_along_axis(a, order, axis=1).T for a in every])
 
-        merged = exchange(self.comm, np.concatenate([scores.T, ids.T]), work)
+        merged = exchange(self.comm, np, np.concatenate([scores.T, ids.T]), work)
         leading = done.leading
         acc = checks.acc_dtype(done.backend.xp.result_type(done.x2, self.W))
         return (
@@ -494,7 +501,7 @@ class ClassParallelHead(Layer):
 
 
 def _checksum(x: Any) -> str:
-    return "none" if x is None else f"{zlib.crc32(np.ascontiguousarray(as_numpy(x)).data):08x}"
+    return f"{zlib.crc32(np.ascontiguousarray(as_numpy(x)).data):08x}"
 
 
 def _starts(N: int, cut: Plan) -> list[tuple[int, int]]:
@@ -502,13 +509,19 @@ def _starts(N: int, cut: Plan) -> list[tuple[int, int]]:
     return [(start, min(start + cut.rows, N)) for start in range(0, N, cut.rows)]
 
 
+def _fields(rows: Rows, stats: bool) -> list[Any]:
+    """Choose what of a chunk's rows is sent."""
+    fields = [rows.row_max, rows.log_sum, rows.target_dot, rows.mass]
+    return [*fields, rows.entropy, rows.log_prob, rows.argmax] if stats else fields
+
+
 def _unpacked(part: Any, acc: Any) -> Rows:
-    """Undo the packing of a chunk's rows."""
+    """Undo the packing; there may be one more field at the end."""
     plain = [field.astype(acc, copy=False) for field in part[:6]]
     M, S, d, A = plain[:4]
     if len(part) == 4:
         return Rows(M, M, S, d, A)
-    return Rows(M, M, S, d, A, plain[4], plain[5], part[7].astype(np.int64))
+    return Rows(M, M, S, d, A, plain[4], plain[5], part[6].astype(np.int64))
 
 
 def _nothing(p: Problem, start: int, stop: int, stats: bool) -> tuple[Rows, Target, Any]:

@@ -7,6 +7,7 @@ end of a pipe; a byte through it is a farewell, a hang-up without one is a death
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -52,7 +53,8 @@ class Watcher:
     def silence(self) -> None:
         """Let no rank of this machine be reported: the cause has been."""
         if self.pipe >= 0:
-            os.write(self.pipe, SILENCE)
+            with contextlib.suppress(BrokenPipeError):  # another rank's end was reported before
+                os.write(self.pipe, SILENCE)
 
     def dismiss(self) -> None:
         """Say farewell, at the good end of the run."""
