@@ -106,6 +106,22 @@ def row_of(typingctx: Any, array: Any, n: Any) -> Any:
 
 
 @intrinsic
+def from_row(typingctx: Any, array: Any, n: Any) -> Any:
+    """View a two-dimensional array from the beginning of row n to its end."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        view = context.make_array(array)(context, builder, args[0])
+        rows, columns = cgutils.unpack_tuple(builder, view.shape, 2)
+        skipped = builder.mul(args[1], columns)
+        made = cgutils.create_struct_proxy(Row(array.dtype))(context, builder)
+        made.data = builder.gep(view.data, [skipped])
+        made.size = builder.sub(builder.mul(rows, columns), skipped)
+        return made._getvalue()
+
+    return signature(Row(array.dtype), array, types.intp), codegen
+
+
+@intrinsic
 def whole(typingctx: Any, array: Any) -> Any:
     """View a one-dimensional array."""
 
@@ -324,6 +340,67 @@ def store_tail(typingctx: Any, row: Any, start: Any, count: Any, value: Any) -> 
     return sig, codegen
 
 
+@intrinsic
+def item(typingctx: Any, row: Any, index: Any) -> Any:
+    """Give the number ``row[index]``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(_element(builder, *args))
+
+    return signature(row.dtype, row, types.intp), codegen
+
+
+@intrinsic
+def set_item(typingctx: Any, row: Any, index: Any, value: Any) -> Any:
+    """``row[index] = value``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[2], _element(builder, *args[:2]))
+        return context.get_dummy_value()
+
+    return signature(types.void, row, types.intp, row.dtype), codegen
+
+
+def _elements(builder: Any, row: Any, start: Any, stride: Any, n: int) -> Any:
+    """Point to ``row[start + i·stride]`` from each of n lanes."""
+    many = ir.VectorType(_I64, n)
+    steps = builder.mul(ir.Constant(many, list(range(n))), _splat(builder, stride, n))
+    base = _element(builder, row, start)
+    pointers = builder.gep(base, [steps], source_etype=base.type.pointee)
+    pointers.type = ir.VectorType(base.type, n)  # of what it gives for a vector of indices
+    return pointers
+
+
+@intrinsic
+def gather(typingctx: Any, row: Any, start: Any, stride: Any, count: Any, like: Any) -> Any:
+    """Load ``row[start + i·stride]`` into lane i, for the first `count` lanes; 0 into the others. `row` has the lanes' dtype."""
+    vector = _vector_of(like)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointers = _elements(builder, *args[:3], vector.lanes)
+        mask = _mask(builder, args[3], vector.lanes)
+        name = f"llvm.masked.gather.{_suffix(vector.llvm)}.v{vector.lanes}p0"
+        return _call(
+            builder, name, vector.llvm, [pointers, _I32(_align(row.dtype)), mask, ir.Constant(vector.llvm, None)]
+        )
+
+    return signature(vector, row, types.intp, types.intp, types.intp, like), codegen
+
+
+@intrinsic
+def scatter(typingctx: Any, row: Any, start: Any, stride: Any, count: Any, value: Any) -> Any:
+    """Store lane i to ``row[start + i·stride]``, for the first `count` lanes. `row` has the lanes' dtype."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointers = _elements(builder, *args[:3], value.lanes)
+        mask = _mask(builder, args[3], value.lanes)
+        name = f"llvm.masked.scatter.{_suffix(value.llvm)}.v{value.lanes}p0"
+        _call(builder, name, ir.VoidType(), [args[4], pointers, _I32(_align(row.dtype)), mask])
+        return context.get_dummy_value()
+
+    return signature(types.void, row, types.intp, types.intp, types.intp, value), codegen
+
+
 # ------------------------------------------------------------------------------------------- arithmetic
 
 
@@ -441,6 +518,18 @@ def drop_below(typingctx: Any, value: Any, least: Any) -> Any:
 
 
 @intrinsic
+def product_from(typingctx: Any, value: Any, factor: Any, least: Any) -> Any:
+    """value·factor, 0 where a lane of `value` is below `least`; a NaN is not."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value_, factor_, least_ = args
+        below = builder.fcmp_ordered("<", value_, least_)
+        return builder.select(below, _constant(value, 0.0), builder.fmul(value_, factor_))
+
+    return signature(value, value, factor, least), codegen
+
+
+@intrinsic
 def set_lane(typingctx: Any, value: Any, lane: Any, scalar: Any) -> Any:
     """Replace one lane."""
 
@@ -491,7 +580,7 @@ max_lanes = _reduction(lambda builder, a, b: builder.select(builder.fcmp_ordered
 # result is subnormal. The polynomials 1 + r + r²·poly(r) are minimax in relative error (3e-9 and 4e-18), by Remez exchange.
 _EXP = {
     32: {
-        "low": -104.0,  # exp is 0 from here on: below half the smallest subnormal, 2^-150
+        "low": -104.66522426455174,  # −(offset + bias)·ln 2, where the bits of 2^(n + bias) are 0
         "magic": 1.5 * 2.0**23,
         "offset": 127,
         "bias": 24,
@@ -500,7 +589,7 @@ _EXP = {
         "poly": (0.0013814540176919471, 0.00836874510888554, 0.041668390783542376, 0.16666520399043, 0.4999999343212932),
     },
     64: {
-        "low": -746.0,
+        "low": -746.5195134630611,
         "magic": 1.5 * 2.0**52,
         "offset": 1023,
         "bias": 54,
@@ -520,8 +609,10 @@ def _fma(builder: Any, x: Vector, a: Any, b: Any, c: Any) -> Any:
 
 
 def _emit_exp(builder: Any, x: Vector, value: Any) -> Any:
-    """e^x · 2^bias; exactly 0 below `low`."""
+    """Two factors of e^x · 2^bias; the second is exactly 0 from `low` down."""
     k = _EXP[x.lane.bitwidth]
+    low = _constant(x, k["low"])
+    value = builder.select(builder.fcmp_ordered("<", value, low), low, value)  # a NaN stays
     magic = _constant(x, k["magic"] + k["offset"] + k["bias"])
     t = _fma(builder, x, value, _constant(x, 1.4426950408889634), magic)
     n = builder.fsub(t, magic)
@@ -531,20 +622,17 @@ def _emit_exp(builder: Any, x: Vector, value: Any) -> Any:
     for c in (*k["poly"][1:], 1.0, 1.0):
         p = _fma(builder, x, p, r, _constant(x, c))
     shift = ir.Constant(x.bits, [k["mantissa"]] * x.lanes)
-    power = builder.bitcast(builder.shl(builder.bitcast(t, x.bits), shift), x.llvm)
-    # below `low` what came so far is rubbish; a NaN is not below, and went through the polynomial
-    below = builder.fcmp_ordered("<", value, _constant(x, k["low"]))
-    return builder.select(below, _constant(x, 0.0), builder.fmul(p, power))
+    return p, builder.bitcast(builder.shl(builder.bitcast(t, x.bits), shift), x.llvm)
 
 
 @intrinsic
-def exp_scaled(typingctx: Any, x: Any) -> Any:
-    """e^x divided by `exp_unit`, for x ≤ 0: never subnormal, which would cost a hundred cycles a vector."""
+def exp_parts(typingctx: Any, x: Any) -> Any:
+    """Two factors of e^x divided by `exp_unit`, for x up to 40: never subnormal, which would cost a hundred cycles a vector."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _emit_exp(builder, x, args[0])
+        return context.make_tuple(builder, sig.return_type, _emit_exp(builder, x, args[0]))
 
-    return signature(x, x), codegen
+    return signature(types.UniTuple(x, 2), x), codegen
 
 
 @intrinsic
@@ -563,7 +651,7 @@ def exp_nonpositive(typingctx: Any, x: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         unit = _constant(x, 2.0 ** -_EXP[x.lane.bitwidth]["bias"])
-        return builder.fmul(_emit_exp(builder, x, args[0]), unit)
+        return builder.fmul(builder.fmul(*_emit_exp(builder, x, args[0])), unit)
 
     return signature(x, x), codegen
 
@@ -590,7 +678,7 @@ def tanh(typingctx: Any, x: Any) -> Any:
         one = _constant(x, 1.0)
         a = _call(builder, f"llvm.fabs.{suffix}", x.llvm, [v])
         unit = _constant(x, 2.0 ** -_EXP[x.lane.bitwidth]["bias"])
-        t = builder.fmul(_emit_exp(builder, x, builder.fmul(a, _constant(x, -2.0))), unit)
+        t = builder.fmul(builder.fmul(*_emit_exp(builder, x, builder.fmul(a, _constant(x, -2.0)))), unit)
         far = builder.fdiv(builder.fsub(one, t), builder.fadd(one, t))
         s = builder.fmul(a, a)
         first, *rest = _TANH[x.lane.bitwidth]
