@@ -399,6 +399,17 @@ def test_streams_that_are_none_are_refused(name: str) -> None:
             CALLS[name](Numbers(np.asarray), stream=stream_on())
 
 
+def test_cupys_own_streams_are_taken() -> None:
+    cupy = pytest.importorskip("cupy", reason="comparing with CuPy needs CuPy: pip install 'swl[test-cuda]'")
+    real, here = CupyBackend(cupy), SimpleNamespace(id=THERE)
+    assert real._stream(cupy.cuda.Stream.null, here) is cupy.cuda.Stream.null
+    assert real._stream(Foreign(0xF0), here).ptr == 0xF0
+    with pytest.deprecated_call():
+        away = cupy.cuda.ExternalStream(0xE0, 0)
+    with pytest.raises(TypeError, match="stream is of cuda:0, but the arrays are on cuda:1"):
+        real._stream(away, here)
+
+
 def test_layers_take_no_stream() -> None:
     with pytest.raises(TypeError, match="unknown option 'stream'"):
         swl.SoftmaxWithLoss(stream=stream_on())  # type: ignore[call-arg]
