@@ -1,64 +1,62 @@
-"""What every benchmark shares: the backends to run, torch beside them, and a check before any timing."""
+"""Hands the times that `swl.bench` measures, in blocks of all contenders of a case, to pytest-benchmark a row at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import pytest
 
-import swl
+from swl.bench import CASES, Case, measure, table
+from swl.bench.timing import median
 
-UNUSABLE = {info.name: info.reason for info in swl.backends() if not info.usable}
-CONTENDERS = [info.name for info in swl.backends()]
-
-
-@pytest.fixture(params=[*CONTENDERS, "torch"])
-def contender(request: pytest.FixtureRequest) -> Any:
-    """Each backend of the registry, and torch eager."""
-    name = request.param
-    if name == "torch":
-        pytest.importorskip("torch", reason="torch is not installed")
-        yield name
-        return
-    if name in UNUSABLE:
-        pytest.skip(UNUSABLE[name])
-    with swl.use_backend(name):
-        yield name
+DONE: list[tuple[Case, dict[str, list[float]]]] = []
 
 
-def to_host(x: Any) -> Any:
-    """Bring an array of any contender to float64 NumPy."""
-    if hasattr(x, "detach"):
-        x = x.detach().cpu().numpy()
-    return np.asarray(x.get() if hasattr(x, "get") else x).astype(np.float64)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rounds", type=int, default=3, help="blocks of each contender")
 
 
-def waiting(contender: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """Make a call wait for its device, if it has one."""
-    if contender != "cupy":
-        return call
-    import cupy
-
-    def called() -> Any:
-        result = call()
-        cupy.cuda.get_current_stream().synchronize()
-        return result
-
-    return called
+@lru_cache(maxsize=1)
+def times(title: str, rounds: int) -> dict[str, list[float]]:
+    """Measure a case once for all its contenders."""
+    found = measure(CASES[title], rounds)
+    DONE.append((CASES[title], found))
+    return found
 
 
 @pytest.fixture
-def measure(benchmark: Any, contender: str) -> Callable[..., None]:
-    """Check a call against the expected arrays, which also compiles it, then time it."""
+def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Enter the times of a contender under its case."""
 
-    def measure(call: Callable[[], tuple[Any, ...]], expected: tuple[Any, ...], group: str) -> None:
-        for got, want in zip(call(), expected, strict=True):
-            scale = np.abs(want).max()
-            assert np.all(np.abs(to_host(got) - want) <= 1e-4 * scale), f"{contender} computes something else"
-        benchmark.group = group
+    def record(title: str, contender: str) -> None:
+        case = CASES[title]
+        found = times(title, 1 if benchmark.disabled else request.config.getoption("rounds"))
+        if contender not in found:
+            pytest.skip(f"no {contender} here")
+        seconds = found[contender]
+        benchmark.group = title
         benchmark.extra_info["contender"] = contender
-        benchmark.pedantic(waiting(contender, call), rounds=7, iterations=1, warmup_rounds=2)
+        benchmark.extra_info["times_own"] = median(seconds) / median(found[case.own])
+        if case.floor is not None:
+            benchmark.extra_info["times_floor"] = median(seconds) / median(found[case.floor])
+        clock = iter([value for s in seconds for value in (0.0, s)])
+        benchmark._timer = lambda: next(clock)  # the calls were timed already, beside those of the other contenders
+        benchmark.pedantic(lambda: None, rounds=len(seconds))
 
-    return measure
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if DONE:
+        terminalreporter.section("milliseconds, and in brackets as a multiple of swl's own")
+        terminalreporter.write_line(table(DONE))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Leave out what names the machine's owner."""
+    output_json["machine_info"].pop("node", None)
+    output_json["commit_info"].pop("author_time", None)
+    for benchmark in output_json["benchmarks"]:
+        benchmark["options"].pop("timer", None)

@@ -1,4 +1,4 @@
-"""The command ``swl``: ``swl train``, ``swl plan`` and ``swl info``."""
+"""The command ``swl``: ``swl train``, ``swl plan``, ``swl bench``, ``swl warmup`` and ``swl info``."""
 
 from __future__ import annotations
 
@@ -66,6 +66,18 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated; float32 by default")
     warm.add_argument("--backend", metavar="NAME", help="one of those that `swl info` lists")
     warm.set_defaults(run=_warmup)
+
+    bench = commands.add_parser(
+        "bench", help="times beside the floors, and beside PyTorch, JAX and NumPy", allow_abbrev=False
+    )
+    bench.add_argument(
+        "groups", nargs="*", metavar="GROUP", help="what to compare; losses and forward by default, or all"
+    )
+    bench.add_argument(
+        "--rounds", type=_at_least(int, 1), default=5, metavar="N", help="blocks of each contender (%(default)s)"
+    )
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the time per logit over the classes instead")
+    bench.set_defaults(run=_bench)
 
     _add_plan(commands)
 
@@ -232,7 +244,7 @@ def _alone_or_on_ranks(
 
 def _prepare(options: argparse.Namespace) -> tuple[datasets.Data, Settings, Any]:
     """Check what can be checked, and load the data."""
-    _check_outputs(options)
+    _check_outputs(options.plot, options.save)
     try:
         tqdm = datasets.require("tqdm", "the progress bar of swl train").tqdm
         if options.plot is not None:
@@ -250,17 +262,17 @@ def _prepare(options: argparse.Namespace) -> tuple[datasets.Data, Settings, Any]
     return data, settings, tqdm
 
 
-def _check_outputs(options: argparse.Namespace) -> None:
+def _check_outputs(picture: Path | None, parameters: Path | None = None) -> None:
     """Refuse before the work what could not be written after it."""
-    for path in (options.plot, options.save):
+    for path in (picture, parameters):
         if path is not None and path.is_dir():
             raise _Refused(f"cannot write {path}: it is a folder")
         if path is not None and not os.access(path.parent, os.W_OK):
             raise _Refused(f"cannot write {path}: {path.parent} is not a folder that can be written to")
-    if options.plot is not None and options.plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise _Refused(f"--plot FILE must end in .png, .svg or .pdf, got {options.plot}")
-    if options.save is not None and options.save.suffix != ".npz":
-        raise _Refused(f"--save FILE must end in .npz, got {options.save}")
+    if picture is not None and picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise _Refused(f"--plot FILE must end in .png, .svg or .pdf, got {picture}")
+    if parameters is not None and parameters.suffix != ".npz":
+        raise _Refused(f"--save FILE must end in .npz, got {parameters}")
 
 
 def _run_training(
@@ -481,6 +493,35 @@ def _print_epoch(number: int, loss: float) -> None:
 
 def _mib(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:.0f} MiB"
+
+
+# ------------------------------------------------------------------------------------------------ swl bench
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from swl import bench
+
+    if options.plot is not None:
+        _check_outputs(options.plot)
+        try:
+            datasets.require("matplotlib", "--plot")
+        except datasets.DataError as error:
+            raise _Refused(str(error)) from None
+        bench.plot(options.plot, options.rounds)
+        print(f"picture in {options.plot}")
+        return 0
+    groups = bench.GROUPS if options.groups == ["all"] else options.groups or ("losses", "forward")
+    unknown = sorted(set(groups) - set(bench.GROUPS))
+    if unknown:
+        raise _Refused(f"GROUP may be {', '.join(bench.GROUPS)} or all, got {unknown[0]!r}")
+    results = []
+    for case in bench.CASES.values():
+        if case.group in groups:
+            results.append((case, bench.measure(case, options.rounds)))
+            print(f"{case.group}: {case.title}", file=sys.stderr)
+    print("Milliseconds, and in brackets as a multiple of swl's own.\n")
+    print(bench.table(results))
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------ swl warmup

@@ -1,0 +1,152 @@
+"""The benchmarks: that contenders are held to the same result, and that tables, pictures and files say what was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from swl.backends import _REGISTRY
+from swl.backends._threads import POOL
+from swl.bench import CASES, GROUPS, Case, Contender, cases, measure, report, table, timing
+from swl.bench.cases import logits_case
+from swl.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+TINY = [
+    *(logits_case("losses", 8, 13, dtype) for dtype in ("float32", "float64", "float16", "bfloat16")),
+    logits_case("forward", 8, 13, grad=False),
+    logits_case("losses", 11, 1000),  # with torch.compile
+    Case("forward", "affine", (), partial(cases.affine, 5, 7, 3, False)),
+    Case("backward", "affine", (), partial(cases.affine, 5, 7, 3, True)),
+    Case("", "head", (), partial(cases.head, 6, 5, 11)),
+    Case("", "after", (), partial(cases.after_product, 6, 5)),
+    Case("", "threads", (), partial(cases.threads, 6, 5, "float32", {"softcap": 3.0}), own="all threads"),
+    Case("", "step", (), partial(cases.training_step, 9, 8, 7, 5)),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "PAUSE", 0)
+    monkeypatch.setattr(timing, "REPEAT", 2)
+    monkeypatch.delitem(_REGISTRY, "cupy-emulated", raising=False)  # of these tests, and no contender
+
+
+@pytest.mark.filterwarnings("default")  # of what the peers do
+@pytest.mark.parametrize("case", TINY, ids=lambda case: f"{case.group} {case.title}".replace("×", "x"))
+def test_contenders_compute_the_same_and_are_all_timed(case: Case) -> None:
+    threads = POOL.threads
+    times = measure(case, 2)
+    assert case.own in times
+    assert all(len(seconds) >= 2 and min(seconds) > 0 for seconds in times.values())
+    if case.names:
+        assert set(times) <= set(case.names)
+    assert POOL.threads == threads
+
+
+def test_every_case_names_all_its_contenders() -> None:
+    assert GROUPS == ("losses", "forward", "dtypes", "small", "affine", "head", "after", "threads", "step")
+    for case in CASES.values():
+        assert case.own in case.names
+        assert case.floor is None or case.floor in case.names
+
+
+@pytest.mark.parametrize("wrong", [1.1, np.nan])
+def test_a_contender_with_another_result_is_not_timed(wrong: float) -> None:
+    right = np.ones(3)
+    case = Case(
+        "title", "group", ("swl", "other"),
+        lambda: ({"swl": Contender(lambda: (right,)), "other": Contender(lambda: (right * [1, 1, wrong],))}, (right,), 1e-3),
+    )  # fmt: skip
+    with pytest.raises(AssertionError, match="other, title computes something else"):
+        measure(case, 1)
+
+
+def test_what_comes_before_a_call_is_done_but_not_timed() -> None:
+    done = []
+    contender = Contender(lambda: done.append("call"), lambda: done.append("before"), lambda: done.append("enter"))
+    timing.block(contender)
+    assert done[:5] == ["enter", "before", "call", "before", "call"]
+    slow = timing.block(Contender(lambda: None, before=lambda: [x * x for x in range(20_000)]))
+    assert max(slow) < 1e-4
+
+
+def test_the_table_holds_times_and_multiples() -> None:
+    case = logits_case("losses", 2, 3)
+    text = table([(case, {"copy": [1e-3, 5e-3, 2e-3], "swl": [4e-3], "torch": [0.1]})])
+    assert text.splitlines() == [
+        "| losses | copy | swl | torch |",
+        "| --- | ---: | ---: | ---: |",
+        "| 2 × 3, float32, forward + backward | 2 (0.50×) | 4 | 100 (25.00×) |",
+    ]
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_command_prints_a_table_and_draws(capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["bench", "step", "--rounds", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "| step | swl | NumPy by hand |" in out
+    assert "784-50-10" in err
+    picture = tmp_path / "times.png"
+    monkeypatch.setattr(report, "CLASSES", (5, 7))
+    monkeypatch.setattr(report, "LOGITS", 100)
+    assert main(["bench", "--plot", str(picture), "--rounds", "1"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["nonsense"],
+            "GROUP may be losses, forward, dtypes, small, affine, head, after, threads, step or all, got 'nonsense'",
+        ),
+        (["--plot", "x.xyz"], "must end in .png, .svg or .pdf"),
+        (["--rounds", "0"], "must be finite and at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_of_the_command_are_refused(capsys: Any, arguments: list[str], words: str) -> None:
+    try:
+        status = main(["bench", *arguments])
+    except SystemExit as stopped:
+        status = int(stopped.code or 0)
+    assert status == 2
+    assert words in capsys.readouterr().err
+
+
+def test_pytest_saves_rows_that_can_be_compared(tmp_path: Path) -> None:
+    saved = tmp_path / "run.json"
+    node = "bench/bench_swl.py::test_contender[small: 1 x 10, float32, forward + backward | {}]"
+    nodes = [node.format(contender) for contender in ("copy", "swl")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *nodes]
+    done = subprocess.run(
+        [*command, "--rounds", "1", f"--benchmark-json={saved}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "| 1 × 10, float32, forward + backward |" in done.stdout
+    run = json.loads(saved.read_text())
+    assert "node" not in run["machine_info"]
+    rows = {row["extra_info"]["contender"]: row for row in run["benchmarks"]}
+    assert rows["swl"]["extra_info"]["times_own"] == 1
+    ratio = rows["copy"]["stats"]["median"] / rows["swl"]["stats"]["median"]
+    assert rows["copy"]["extra_info"]["times_own"] == pytest.approx(ratio)
+
+    def compare(change: float) -> subprocess.CompletedProcess[str]:
+        for row in run["benchmarks"]:
+            row["extra_info"]["times_own"] *= change
+        (tmp_path / "new.json").write_text(json.dumps(run))
+        script = [sys.executable, "bench/compare.py", str(saved), str(tmp_path / "new.json")]
+        return subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert compare(0.9).returncode == 0
+    worse = compare(0.7)
+    assert worse.returncode == 1
+    assert "worse " in worse.stdout
