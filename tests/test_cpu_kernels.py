@@ -6,6 +6,7 @@ import mmap
 import multiprocessing
 import os
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +17,8 @@ import swl
 from swl.backends._threads import POOL
 
 RNG = np.random.default_rng(0)
-LOGITS = RNG.standard_normal((301, 1009), np.float32)  # more than one thread's worth
-TARGET = RNG.integers(0, 1009, 301)
+LOGITS = RNG.standard_normal((601, 1009), np.float32)  # more than one thread's worth
+TARGET = RNG.integers(0, 1009, 601)
 
 
 def results() -> list[bytes]:
@@ -28,22 +29,21 @@ def results() -> list[bytes]:
 
 
 @pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    monkeypatch.setattr(POOL, "threads", 1)
-    return results()
+def one_thread() -> Iterator[list[bytes]]:
+    before = POOL.threads
+    swl.set_num_threads(1)
+    yield results()
+    swl.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_thread_counts_give_the_same_bits(
-    one_thread: list[bytes], threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(POOL, "threads", threads)
-    monkeypatch.setattr(POOL, "_workers", None)
+def test_thread_counts_give_the_same_bits(one_thread: list[bytes], threads: int) -> None:
+    swl.set_num_threads(threads)
     assert results() == one_thread
 
 
-def test_callers_may_be_threads(one_thread: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(POOL, "threads", 2)
+def test_callers_may_be_threads(one_thread: list[bytes]) -> None:
+    swl.set_num_threads(2)
     with ThreadPoolExecutor(4) as callers:
         for got in callers.map(lambda _: results(), range(16)):
             assert got == one_thread
@@ -54,9 +54,9 @@ def _child(queue: Any) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_process_has_threads_of_its_own(one_thread: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_process_has_threads_of_its_own(one_thread: list[bytes]) -> None:
     """Threads do not survive a fork: waiting for the parent's would last forever."""
-    monkeypatch.setattr(POOL, "threads", 2)
+    swl.set_num_threads(2)
     results()  # the pool is running
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -69,6 +69,29 @@ def test_a_forked_process_has_threads_of_its_own(one_thread: list[bytes], monkey
     finally:
         child.kill()
         child.join()
+
+
+def test_resizing_while_others_compute_loses_nothing(one_thread: list[bytes]) -> None:
+    swl.set_num_threads(3)
+    with ThreadPoolExecutor(2) as callers:
+        going = [callers.submit(results) for _ in range(12)]
+        for n in (1, 4, 2, 3, 1, 2):
+            swl.set_num_threads(n)
+        assert all(got.result() == one_thread for got in going)
+
+
+def test_an_error_of_any_thread_reaches_the_caller(one_thread: list[bytes]) -> None:
+    swl.set_num_threads(2)
+    done = []
+
+    def work(begin: int, end: int) -> None:
+        if begin == 5:
+            raise ZeroDivisionError("in a range")
+        done.append(begin)
+
+    with pytest.raises(ZeroDivisionError, match="in a range"):
+        POOL.run(work, 10)
+    assert results() == one_thread  # and the pool goes on
 
 
 def test_offsets_past_two_to_the_32(monkeypatch: pytest.MonkeyPatch) -> None:

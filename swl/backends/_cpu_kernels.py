@@ -159,12 +159,10 @@ def _sweep_rows(
                 rows[TARGET_DOT, n], rows[MASS, n] = d, A
                 rows[LOSS, n] = _loss(M, S, d, A, m, lam)
             if flags & STATS:
-                expected, dot, mass, best = statistics(row, extras, low, M, S)
-                rows[ENTROPY, n] = S - expected
+                expected, dot, mass, argmax[n] = statistics(row, extras, low, M, S)
                 if of_ids:
                     dot, mass = u_hit, one if hit >= 0 else zero
-                rows[LOG_PROB, n] = dot - mass * S if mass != 0 else zero
-                argmax[n] = best
+                rows[ENTROPY, n], rows[LOG_PROB, n] = S - expected, dot - mass * S if mass != 0 else zero
         if flags & BACKWARD:
             if not counts:
                 out[i, :] = 0
@@ -182,7 +180,7 @@ def _sweep_rows(
 
 @njit(**INNER)
 def _sweep_few(
-    logits: Any, out: Any, first: int, ids: Any, row_weight: Any, row_scale: Any, rows: Any, z_loss: float,
+    logits: Any, out: Any, first: int, ids: Any, row_weight: Any, row_scale: Any, rows: Any, argmax: Any, z_loss: float,
     first_class: int, flags: int, room: Any,
 ) -> None:  # fmt: skip
     """Do what `sweep` does for class ids without options that reach the other classes, a vector of rows at a time."""
@@ -198,17 +196,21 @@ def _sweep_few(
             n = first + start + i
             m = row_weight[n] if row_weight.size else one
             if flags & FORWARD:
-                rows[LOSS : MASS + 1, n] = 0
+                M, S = few.sum_up(room, low, i)
+                d, A, u_hit, hit = zero, zero, zero, ids[n] - first_class
+                if 0 <= hit < C:
+                    A, u_hit = m, logits[start + i, hit] - M
+                    if m != 0:
+                        d = m * u_hit
                 if ids[n] != IGNORED:
-                    M, S = few.sum_up(room, low, i)
-                    d, A = zero, zero
-                    hit = ids[n] - first_class
-                    if 0 <= hit < C:
-                        A = m
-                        if m != 0:
-                            d = m * (logits[start + i, hit] - M)
-                    rows[ROW_MAX, n], rows[LOG_SUM, n], rows[TARGET_DOT, n], rows[MASS, n] = M, S, d, A
                     rows[LOSS, n] = _loss(M, S, d, A, m, lam)
+                    rows[ROW_MAX, n], rows[LOG_SUM, n], rows[TARGET_DOT, n], rows[MASS, n] = M, S, d, A
+                else:
+                    rows[LOSS : MASS + 1, n] = 0
+                if flags & STATS:
+                    expected, _, _, argmax[n] = statistics(row_of(logits, start + i), None, low, M, S)
+                    rows[ROW_MAX, n], rows[LOG_SUM, n] = M, S
+                    rows[ENTROPY, n], rows[LOG_PROB, n] = S - expected, u_hit - S if 0 <= hit < C else zero
             if flags & BACKWARD:
                 M, S, A = rows[ROW_MAX, n], rows[LOG_SUM, n], rows[MASS, n]
                 set_item(room, EXPONENT * step + i, item(room, few.MAXIMUM * step + i) - M - S)
@@ -237,10 +239,10 @@ def sweep(
     `logits`, `out` and `probs` hold just these rows, C-ordered and of the arithmetic's dtype; everything else is whole.
     """
     C, step = logits.shape[1], lanes(rows.dtype.type(0))
-    if C <= FEW and ids.size and rest == 0 and softcap == 0 and not bias.size and not flags & STATS:
+    if C <= FEW and ids.size and rest == 0 and softcap == 0 and not bias.size:
         room = np.zeros(step * (EXPS + C), rows.dtype)
         _sweep_few(
-            logits, out, first, ids, row_weight, row_scale, rows, z_loss, first_class, flags, whole(room)
+            logits, out, first, ids, row_weight, row_scale, rows, argmax, z_loss, first_class, flags, whole(room)
         )  # fmt: skip
         return
     exps, bases = np.empty((2, C + step), rows.dtype), np.empty((2, 1 + (C + step) // BLOCK), rows.dtype)

@@ -49,8 +49,10 @@ from swl.backends._simd import (
 BLOCK = 4096
 """Classes between two looks at the running maximum (docs/performance.md)."""
 
-GUESS, SLACK = 256, 40
-"""Classes whose maximum the first block is summed relative to, and what it may be below the block's: e⁴⁰ has room in float32."""
+GUESS, SLACK = 1024, 4
+"""Classes whose maximum the first block is summed relative to; and how far a block's maximum may lie above what it was summed
+relative to: exp(SLACK) costs no bit of the sum.
+"""
 
 AHEAD = 2048
 """Classes ahead of the arithmetic that memory is asked for."""
@@ -221,10 +223,10 @@ def logarithm(M: Any, s: Any) -> Any:
 def forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any, late: Any) -> Any:
     """M, S and the dense part's d and A, a block at a time.
 
-    A block is summed relative to the maximum so far, the first one to that of its first classes, and once more only if that
-    was too low for float32. Unless they are None, `exps` gets exp(z − base) of each class, in units of `exp_unit`, and `bases`
-    each block's base. Unless `late` is None, that row's gradient is written, a vector for each one summed here: memory takes
-    the stores while the exponentials keep the arithmetic busy.
+    A block is summed relative to the maximum so far, the first one to that of its first classes, and once more where its own
+    maximum exceeds that by more than `SLACK`. Unless they are None, `exps` gets exp(z − base) of each class, in units of
+    `exp_unit`, and `bases` each block's base. Unless `late` is None, that row's gradient is written, a vector for each one
+    summed here: memory takes the stores while the exponentials keep the arithmetic busy.
     """
     zero = scalar(low, 0)
     M, s, d, A = low, zero, zero, zero
@@ -341,7 +343,7 @@ def statistics(row: Any, extras: Any, low: Any, M: Any, S: Any) -> Any:
         u = z - m
         p = exp_nonpositive(u - s)
         expected = expected + zero_where_zero(p, p * u)
-        if extras.probs.size:
+        if extras is not None and extras.probs.size:
             q = _at(extras.probs, j, stop, zero)
             dots = dots + zero_where_zero(q, q * u)
             masses = masses + q

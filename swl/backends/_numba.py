@@ -21,11 +21,11 @@ def load() -> Backend:
     return NumbaBackend()
 
 
-SERIAL = 100_000
-"""Logits up to which one thread does it all: about what handing work to another costs."""
+GRAIN = 1 << 17
+"""Logits of a range at least: as long as handing work to another thread takes (docs/performance.md)."""
 
-STREAM = 24 << 20
-"""Bytes of a gradient from which it is written past the caches, where it is not written over the logits."""
+STREAM, LONG = 24 << 20, 1000
+"""Bytes of a gradient, and classes of a row, from which it is written past the caches, unless over the logits."""
 
 STAGED = 1 << 17
 """Numbers that are brought to the kernels' form at a time."""
@@ -115,7 +115,7 @@ class NumbaBackend(NumpyBackend):
         none = _EMPTY[acc]
         ids = _read_only(_NO_IDS if target.ids is None else target.ids)
         probs = _NO_PROBS[acc] if target.probs is None else target.probs
-        if out is not None and out.nbytes >= STREAM and not np.may_share_memory(out, logits):
+        if out is not None and out.nbytes >= STREAM and C >= LONG and not np.may_share_memory(out, logits):
             flags |= kernels.STREAM
         options = (
             none if target.weight is None else _read_only(target.weight),
@@ -150,10 +150,7 @@ class NumbaBackend(NumpyBackend):
                 if not as_it_is[2]:
                     _unstage(g, out[a:b])
 
-        if N * C <= SERIAL:
-            work(0, N)
-        else:
-            POOL.run(work, N)
+        POOL.run(work, N, -(-GRAIN // C))
 
     def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
         return self._run(logits, target, None, None, stats, kernels.FORWARD)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
+from threading import Lock, Thread
 
 __all__ = ["POOL", "set_num_threads"]
+
+PIECES = 8
+"""Ranges for each thread, at most: who wakes up late, or shares a processor, takes fewer of them."""
 
 
 def _available() -> int:
@@ -15,52 +20,92 @@ def _available() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Pool:
-    """Run a function over ranges; the caller's thread takes the first range itself.
+class _Job:
+    """Ranges of one piece of work, from which each thread that has time takes the next."""
 
-    Work never waits for other work of the pool, so any number of Python threads may use it at once.
+    __slots__ = ("_left", "_lock", "_ranges", "_work", "done", "error")
+
+    def __init__(self, work: Callable[[int, int], object], ranges: deque[tuple[int, int]]) -> None:
+        self._work, self._ranges, self._left = work, ranges, len(ranges)
+        self._lock = Lock()
+        self.done = Lock()
+        self.done.acquire()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Work until no range is left to take; the last one to finish its own releases `done`."""
+        while True:
+            try:
+                begin, end = self._ranges.popleft()
+            except IndexError:
+                return
+            try:
+                if self.error is None:
+                    self._work(begin, end)
+            except BaseException as error:  # raised again by the caller
+                self.error = error
+            with self._lock:
+                self._left -= 1
+                last = not self._left
+            if last:
+                self.done.release()
+
+
+def _serve(jobs: SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()
+        del job  # and with it what the work refers to
+
+
+class Pool:
+    """Run a function over ranges; the caller's own thread works too, and waits only for ranges that others have begun.
+
+    So any number of Python threads may use it at once.
     """
 
     def __init__(self) -> None:
         self.threads = _available()
-        self._workers: ThreadPoolExecutor | None = None
+        self._jobs: SimpleQueue[_Job | None] | None = None
+        self._starting = Lock()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)  # the workers stayed with the parent
 
     def _forget(self) -> None:
-        self._workers = None
+        self._jobs, self._starting = None, Lock()
 
     def resize(self, threads: int) -> None:
         """Use this many threads from now on."""
-        workers, self._workers, self.threads = self._workers, None, threads
-        if workers is not None:
-            workers.shutdown(wait=False)
+        with self._starting:
+            jobs, workers = self._jobs, self.threads - 1
+            self._jobs, self.threads = None, threads
+        if jobs is not None:
+            for _ in range(workers):
+                jobs.put(None)
 
-    def run(self, work: Callable[[int, int], object], n: int) -> None:
-        """Call ``work(begin, end)`` for ranges that cover ``[0, n)``, one per thread, and wait for all."""
-        parts = min(self.threads, n)
-        if parts <= 1:
+    def run(self, work: Callable[[int, int], object], n: int, grain: int = 1) -> None:
+        """Call ``work(begin, end)`` for ranges that cover ``[0, n)``, and wait for all; below `grain` they are not cut."""
+        threads = self.threads
+        parts = min(n // grain, PIECES * threads)
+        if threads == 1 or parts <= 1:
             work(0, n)
             return
         edges = [n * k // parts for k in range(parts + 1)]
-        others = [self._submit(work, a, b) for a, b in itertools.pairwise(edges[1:])]
-        try:
-            work(edges[0], edges[1])
-        finally:
-            wait(others)  # what they write to must outlive them
-        for other in others:
-            other.result()
+        job = _Job(work, deque(itertools.pairwise(edges)))
+        jobs = self._jobs or self._started()
+        for _ in range(min(threads, parts) - 1):
+            jobs.put(job)
+        job.run()
+        job.done.acquire()
+        if job.error is not None:
+            raise job.error
 
-    def _submit(self, work: Callable[[int, int], object], begin: int, end: int) -> Future[object]:
-        while True:
-            workers = self._workers
-            if workers is None:
-                workers = self._workers = ThreadPoolExecutor(max(1, self.threads - 1), "swl")
-            try:
-                return workers.submit(work, begin, end)
-            except RuntimeError:  # another thread has resized the pool in between
-                if workers is self._workers:
-                    raise
+    def _started(self) -> SimpleQueue[_Job | None]:
+        with self._starting:
+            if self._jobs is None:
+                self._jobs = SimpleQueue()
+                for i in range(self.threads - 1):
+                    Thread(target=_serve, args=(self._jobs,), name=f"swl-{i + 1}", daemon=True).start()
+            return self._jobs
 
 
 POOL = Pool()
