@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -132,13 +132,24 @@ class BackendInfo(NamedTuple):
     """Why it is not usable here; empty if it is."""
 
 
-_NOTHING = nullcontext()
+class _Nothing:
+    """Do nothing in a ``with`` block, at half of what `contextlib.nullcontext` costs.
+
+    ``"".format`` runs in C, takes whatever ``with`` gives it, and returns ``""``, which lets an exception pass.
+    """
+
+    __slots__ = ()
+    __enter__ = __exit__ = "".format
+
+
+NOTHING: Any = _Nothing()
+"""The `Backend.scope` of a host."""
 
 
 def scope(**arrays: Any) -> AbstractContextManager[object]:
     """Enter the `Backend.scope` of arrays of whatever backend; the first one decides which."""
     first = next(iter(arrays.values()))
-    return _NOTHING if type(first) is np.ndarray else resolve(None, {"array": first}).scope(**arrays)
+    return NOTHING if type(first) is np.ndarray else resolve(None, {"array": first}).scope(**arrays)
 
 
 def _known(name: object, source: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from swl.backends import Backend, Rows
+from swl.backends import NOTHING, Backend, Rows
 from swl.targets import IGNORED, Target
 
 
@@ -21,9 +21,6 @@ def _acc(x: Any) -> Any:
     return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
 
 
-_NOTHING = nullcontext()
-
-
 class NumpyBackend:
     """See `swl.backends.Backend` for what each operation means."""
 
@@ -33,7 +30,7 @@ class NumpyBackend:
     def scope(self, stream: Any = None, /, **arrays: Any) -> AbstractContextManager[object]:
         if stream is not None:
             raise TypeError(f"stream is for arrays on a device, but this call is the host's (backend {self.name!r})")
-        return _NOTHING
+        return NOTHING
 
     def asarray(self, x: Any, dtype: Any = None) -> Any:
         return np.asarray(x, dtype=dtype)
