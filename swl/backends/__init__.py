@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -104,6 +104,13 @@ class Backend(Protocol):
     ) -> Rows:
         """Both sweeps in one, bitwise equal to calling them in turn."""
 
+    def mean_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> Any | None:
+        """Compute the mean loss of class ids without options, a 0-d array, and its gradient into `out` unless that is None.
+
+        All in one call, for problems so small that calls are what takes time, and to the same bits as the operations above.
+        Unlike theirs, the arguments were not checked: None, with nothing written, says that those operations must do it.
+        """
+
     def check(self) -> None:
         """Wait for work under way and raise the ValueError of a class id out of range, if there was one."""
 
@@ -142,7 +149,7 @@ class _Nothing:
     __enter__ = __exit__ = "".format
 
 
-NOTHING: Any = _Nothing()
+NOTHING = cast("AbstractContextManager[object]", _Nothing())
 """The `Backend.scope` of a host."""
 
 
