@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from swl.backends import Backend, resolve
 from swl.checks import affine_parameters, check_needs
 from swl.fused import DEFAULT_BUDGET
-from swl.passes import AffinePass, LinearPass, cross_entropy_forward, one_sweep
+from swl.passes import AffinePass, LinearPass, at_once, cross_entropy_forward, one_sweep
 from swl.problem import RowStats
 from swl.targets import OptionKwargs, Options
 
@@ -147,7 +147,10 @@ def cross_entropy(
     >>> swl.cross_entropy(np.zeros((2, 4)), np.array([0, 3]))
     array(1.38629436)
     """
-    done = cross_entropy_forward(logits, target, Options.checked(options), stats, stream)
+    checked = Options.checked(options)
+    if (small := at_once(logits, target, checked, stats, stream)) is not None:
+        return small[0]
+    done = cross_entropy_forward(logits, target, checked, stats, stream)
     return (done.loss, done.problem.stats(done.rows)) if stats else done.loss
 
 
@@ -197,7 +200,10 @@ def cross_entropy_value_and_grad(
     array([[-0.25,  0.25],
            [ 0.25, -0.25]])
     """
-    done, grad = one_sweep(logits, target, Options.checked(options), dout, out, stats, stream)
+    checked = Options.checked(options)
+    if dout is not None and (small := at_once(logits, target, checked, stats, stream, dout, out)) is not None:
+        return small
+    done, grad = one_sweep(logits, target, checked, dout, out, stats, stream)
     return (done.loss, grad, done.problem.stats(done.rows)) if stats else (done.loss, grad)
 
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swl.backends import Backend, Rows, resolve
+from swl.backends import Backend, Rows, active, get, resolve
 from swl.checks import acc_dtype, flatten_inputs, float_array, real_array, require_shape
 from swl.fused import Gradients, Plan, cuts, plan, sweep
-from swl.problem import ChunkedProbabilities, Problem, problem
-from swl.targets import Options
+from swl.problem import ChunkedProbabilities, Problem, inverse, problem
+from swl.targets import DEFAULTS, Options
 
 
 class AffinePass(NamedTuple):
@@ -174,6 +174,32 @@ def logits_problem(
     *leading, C = logits.shape
     p = problem(backend, target, tuple(leading), C, acc_dtype(logits.dtype), options)
     return p, logits, logits if logits.ndim == 2 else logits.reshape(p.n_rows, C)
+
+
+SMALL = 1 << 18
+"""Logits up to which calls take so much of the time that `at_once` is worth a way of its own."""
+
+
+def at_once(
+    logits: Any, target: Any, options: Options, stats: bool, stream: Any, dout: Any = None, out: Any = None
+) -> tuple[Any, Any] | None:
+    """Compute loss and, where there is a `dout`, gradient of a small problem as most are: on the host, without options.
+
+    None, with nothing written, says that the general way must be taken, which also tells what is wrong.
+    """
+    if options is not DEFAULTS or stats or stream is not None or type(logits) is not np.ndarray or logits.size > SMALL:
+        return None
+    if dout is not None:
+        if type(dout) not in (float, int) or dout != 1:
+            return None
+        out = np.empty_like(logits) if out is None else out
+    if type(target) is not np.ndarray or type(out) not in (np.ndarray, type(None)):
+        return None
+    done = get(active()).plain_loss(logits, target, options.ignore_index, out)
+    if done is None:
+        return None
+    total, count = done
+    return np.asarray(total * inverse(np, count), logits.dtype), out
 
 
 def cross_entropy_forward(logits: Any, target: Any, options: Options, stats: bool = False, stream: Any = None) -> Pass:

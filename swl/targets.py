@@ -13,7 +13,7 @@ import math
 import numbers
 from typing import Any, Literal, NamedTuple, TypedDict
 
-__all__ = ["IGNORED", "INVALID", "OptionKwargs", "Options", "Target"]
+__all__ = ["DEFAULTS", "IGNORED", "INVALID", "OptionKwargs", "Options", "Target"]
 
 IGNORED = -1
 """In `Target.ids`: the row does not count."""
@@ -105,8 +105,8 @@ class Options(NamedTuple):
             Naming the option, what came and what is legal.
         """
         if not kwargs:
-            return _DEFAULTS
-        unknown = kwargs.keys() - _DEFAULTS._asdict().keys()
+            return DEFAULTS
+        unknown = kwargs.keys() - DEFAULTS._asdict().keys()
         if unknown:
             raise TypeError(f"unknown option {min(unknown)!r}; legal options are {', '.join(cls._fields)}")
         self = cls(**kwargs)
@@ -128,7 +128,8 @@ class Options(NamedTuple):
         return self
 
 
-_DEFAULTS = Options()
+DEFAULTS = Options()
+"""What `Options.checked` gives where there are none."""
 
 
 def _number(name: str, value: Any, legal: str, ok: Any) -> None:

@@ -104,8 +104,8 @@ class Backend(Protocol):
     ) -> Rows:
         """Both sweeps in one, bitwise equal to calling them in turn."""
 
-    def mean_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> Any | None:
-        """Compute the mean loss of class ids without options, a 0-d array, and its gradient into `out` unless that is None.
+    def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+        """Compute Σ loss over class ids without options, how many count, and the mean's gradient into `out` unless None.
 
         All in one call, for problems so small that calls are what takes time, and to the same bits as the operations above.
         Unlike theirs, the arguments were not checked: None, with nothing written, says that those operations must do it.

@@ -252,24 +252,8 @@ def sweep(
     )  # fmt: skip
 
 
-@_kernel
-def convert(source: Any, target: Any) -> None:
-    """Copy row by row between the arithmetic's dtype and memory's (`swl.backends._simd`); both C-ordered, one float32."""
-    one = np.float32(1)
-    step = lanes(one)
-    C = source.shape[1]
-    full = C - C % step
-    for n in range(source.shape[0]):
-        a, b = row_of(source, n), row_of(target, n)
-        for j in range(0, full, step):
-            store(b, j, load(a, j, one))
-        if full < C:
-            store_tail(b, full, C - full, load_tail(a, full, C - full, one))
-
-
-@_kernel
-def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean: Any, row_weight: Any) -> Any:
-    """Write the ids as `Target.ids`, and m; return the first bad row or −1, and Σ m."""
+@njit(error_model="numpy")
+def _clean(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean: Any, row_weight: Any) -> Any:
     total = 0.0
     for n in range(ids.size):
         t = np.int64(ids[n])
@@ -285,3 +269,41 @@ def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean:
             row_weight[n] = m
         total += m
     return -1, total
+
+
+@_kernel
+def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean: Any, row_weight: Any) -> Any:
+    """Write the ids as `Target.ids`, and m; return the first bad row or −1, and Σ m."""
+    return _clean(ids, n_classes, ignore_index, weight, clean, row_weight)
+
+
+@_kernel
+def plain_loss(logits: Any, ids: Any, ignore_index: int, none: Any, no_probs: Any, out: Any, rows: Any) -> Any:
+    """Do what `swl.backends.Backend.plain_loss` says, but for the sum of the rows' losses; return Σ m, or −1 for a bad id.
+
+    `none` and `no_probs` stand for the options; `out` has no rows where no gradient is wanted.
+    """
+    clean, argmax = np.empty(ids.size, np.int64), np.empty(0, np.int64)
+    bad, count = _clean(ids, logits.shape[1], ignore_index, none, clean, none)
+    if bad >= 0:
+        return -1.0
+    scale, flags = none, FORWARD
+    if out.size:
+        scale, flags = np.full(1, 1.0 / count if count > 0 else 0.0, rows.dtype), FORWARD | BACKWARD
+    sweep(logits, out, 0, clean, no_probs, none, none, none, scale, rows, argmax, 1.0, 0.0, 0.0, 0.0, 0, flags)
+    return count
+
+
+@_kernel
+def convert(source: Any, target: Any) -> None:
+    """Copy row by row between the arithmetic's dtype and memory's (`swl.backends._simd`); both C-ordered, one float32."""
+    one = np.float32(1)
+    step = lanes(one)
+    C = source.shape[1]
+    full = C - C % step
+    for n in range(source.shape[0]):
+        a, b = row_of(source, n), row_of(target, n)
+        for j in range(0, full, step):
+            store(b, j, load(a, j, one))
+        if full < C:
+            store_tail(b, full, C - full, load_tail(a, full, C - full, one))

@@ -31,11 +31,8 @@ STAGED = 1 << 17
 """Numbers that are brought to the kernels' form at a time."""
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
-_EMPTY = {dtype: np.empty(0, dtype) for dtype in (_F32, _F64)}
-for _empty in _EMPTY.values():
-    _empty.flags.writeable = False
+_NONE = {dtype: np.empty(0, dtype) for dtype in (_F32, _F64)}
 _NO_IDS = np.empty(0, np.int64)
-_NO_PROBS = {dtype: np.empty((1, 0), dtype) for dtype in (_F32, _F64)}
 _NO_OUT = {dtype: np.empty((0, 0), dtype) for dtype in (_F32, _F64)}
 _BITS = {"float16": np.uint16, "bfloat16": np.int16}  # how the kernels know them (`swl.backends._simd`)
 
@@ -47,9 +44,17 @@ def _read_only(x: Any) -> Any:
     return x
 
 
+def _vector(x: Any | None, dtype: Any) -> Any:
+    """Give a vector as the kernels take it: contiguous, and writeable, of which they make no use."""
+    return _NONE[dtype] if x is None else x if x.flags.carray else x.copy()
+
+
 def _fits(x: Any, acc: Any) -> bool:
     """Tell whether the kernels take an array as it is."""
-    return bool(x.dtype == acc and x.dtype.isnative and x.flags.c_contiguous and x.flags.aligned)
+    return x is None or bool(x.dtype == acc and x.flags.c_contiguous and x.flags.aligned)
+
+
+_NO_PROBS = {dtype: _read_only(np.empty((1, 0), dtype)) for dtype in (_F32, _F64)}
 
 
 def _staged(x: Any, acc: Any) -> Any:
@@ -101,7 +106,7 @@ class NumbaBackend(NumpyBackend):
         m = np.empty(0 if weight is None else ids.size, _F32 if weight is None else weight.dtype)
         if ids.dtype == np.uint64:
             ids = np.minimum(ids, np.uint64(2**63 - 1))
-        w = _EMPTY[m.dtype] if weight is None else _read_only(weight)
+        w = _vector(weight, m.dtype)
         if not (ids.dtype.isnative and ids.flags.aligned and ids.flags.c_contiguous):
             ids = np.array(ids, ids.dtype.newbyteorder("="), order="C")
         bad, total = kernels.prepare_ids(_read_only(ids), n_classes, ignore_index, w, clean, m)
@@ -112,16 +117,14 @@ class NumbaBackend(NumpyBackend):
     def _sweep(self, logits: Any, target: Target, rows: Any, argmax: Any, row_scale: Any, out: Any, flags: int) -> None:
         N, C = logits.shape
         acc = rows.dtype
-        none = _EMPTY[acc]
-        ids = _read_only(_NO_IDS if target.ids is None else target.ids)
-        probs = _NO_PROBS[acc] if target.probs is None else target.probs
         if out is not None and out.nbytes >= STREAM and C >= LONG and not np.may_share_memory(out, logits):
             flags |= kernels.STREAM
+        ids = _NO_IDS if target.ids is None else target.ids
         options = (
-            none if target.weight is None else _read_only(target.weight),
-            none if target.row_weight is None else _read_only(target.row_weight),
-            none if target.bias is None else _read_only(target.bias),
-            none if row_scale is None else _read_only(row_scale),
+            _vector(target.weight, acc),
+            _vector(target.row_weight, acc),
+            _vector(target.bias, acc),
+            _vector(row_scale, acc),
             rows,
             argmax,
             target.hot,
@@ -131,7 +134,7 @@ class NumbaBackend(NumpyBackend):
             target.first_class,
             flags,
         )
-        as_it_is = _fits(logits, acc), _fits(probs, acc), out is None or _fits(out, acc)
+        as_it_is = _fits(logits, acc), _fits(target.probs, acc), _fits(out, acc)
 
         def work(begin: int, end: int) -> None:
             # what is not as the kernels take it is brought to that form some rows at a time, in memory that stays in L2
@@ -139,14 +142,16 @@ class NumbaBackend(NumpyBackend):
             for a in range(begin, end, step):
                 b = min(a + step, end)
                 z = logits[a:b] if as_it_is[0] else _staged(logits[a:b], acc)
-                q = probs if target.probs is None else probs[a:b] if as_it_is[1] else _staged(probs[a:b], acc)
+                q = _NO_PROBS[acc]
+                if target.probs is not None:
+                    q = _read_only(target.probs[a:b] if as_it_is[1] else _staged(target.probs[a:b], acc))
                 if out is None:
                     g = _NO_OUT[acc]
                 elif as_it_is[2]:
                     g = out[a:b]
                 else:
                     g = np.empty(z.shape, acc) if as_it_is[0] else z
-                kernels.sweep(_read_only(z), g, a, ids, _read_only(q), *options)
+                kernels.sweep(_read_only(z), g, a, ids, q, *options)
                 if not as_it_is[2]:
                     _unstage(g, out[a:b])
 
@@ -174,6 +179,21 @@ class NumbaBackend(NumpyBackend):
     def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
         packed = np.stack((rows.row_max, rows.row_max, rows.log_sum, rows.log_sum, rows.mass))
         self._sweep(logits, target, packed, _NO_IDS, row_scale, out, kernels.BACKWARD)
+
+    def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+        acc = logits.dtype
+        if acc not in _NONE or logits.ndim != 2 or ids.shape != logits.shape[:1] or not logits.size:
+            return None
+        if not (ids.dtype == np.int64 and ids.flags.carray and _fits(logits, acc)):
+            return None
+        if out is not None:
+            if out.dtype != acc or out.shape != logits.shape or not out.flags.carray:
+                return None
+            if out is not logits and np.may_share_memory(out, logits):
+                return None
+        rows, grad = np.empty((5, ids.size), acc), _NO_OUT[acc] if out is None else out
+        count = kernels.plain_loss(_read_only(logits), ids, ignore_index, _NONE[acc], _NO_PROBS[acc], grad, rows)
+        return None if count < 0 else (rows[0].sum(dtype=_F64), count)
 
     def info(self) -> dict[str, str]:
         return {"numba": numba.__version__, "threads": str(POOL.threads)}

@@ -122,6 +122,9 @@ class NumpyBackend:
         self.cross_entropy_backward(logits, target, rows, row_scale, out)
         return rows
 
+    def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+        return None
+
     def check(self) -> None:
         return None
 
