@@ -86,6 +86,44 @@ def test_what_differs_between_ranks_is_found_before_anything_is_sent() -> None:
     assert on(3, HERE / "disagree.py") == "all found\n"
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_of_a_machine_divide_its_processors(ranks: int) -> None:
+    """Each takes its share of threads; what the user has set stays, and so does a rank that is bound to its own."""
+    code = """if True:
+        import os, sys
+        import swl
+        from swl import distributed
+        from swl.backends._blas import control
+        from swl.backends._threads import POOL
+        if "bound" in sys.argv:
+            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["PMI_RANK"])]})
+        if "set" in sys.argv:
+            swl.set_num_threads(7)
+        else:
+            swl.set_num_threads()
+        before = POOL.threads, control().get()
+        with distributed.run() as comm:
+            found = comm.gather((POOL.threads, control().get()))
+        assert (POOL.threads, control().get()) == before
+        if comm.rank == 0:
+            print(*found)
+    """
+    n = len(os.sched_getaffinity(0))
+    share = max(1, n // ranks)
+
+    def found(*arguments: str, **environment: str) -> list[tuple[int, int]]:
+        job = start(ranks, "-c", code, *arguments, **{"OPENBLAS_NUM_THREADS": "", "OMP_NUM_THREADS": "", **environment})
+        status, out, err = end(job)
+        assert status == 0, err
+        return [tuple(map(int, pair)) for pair in re.findall(r"\((\d+), (\d+)\)", out)]
+
+    assert found() == [(share, min(share, n))] * ranks
+    assert found("set") == [(7, min(share, n))] * ranks
+    assert found(OPENBLAS_NUM_THREADS=str(n)) == [(share, n)] * ranks
+    if ranks <= n:
+        assert [threads for threads, _ in found("bound")] == [1] * ranks
+
+
 def test_importing_the_library_imports_no_mpi() -> None:
     code = "import sys, swl, swl.distributed; sys.exit('mpi4py' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.arrays import to_numpy
+from swl.backends._blas import control
+from swl.backends._threads import POOL
 from swl.distributed.watch import Watcher
 
 __all__ = ["Counted", "Grid", "agree", "in_blocks", "run", "sum_in_order"]
@@ -279,6 +281,9 @@ def run() -> Iterator[Any]:
     this one in a collective for ever. An exit with a status other than 0 is such an end too. A rank that is killed from
     outside is named by a small process that watches it; ``mpiexec`` gives the signal and ends the others.
 
+    Ranks that may all run on the same processors divide them: each takes its share of threads, instead of all
+    (`share_processors`).
+
     Raises
     ------
     swl.BackendUnavailable
@@ -292,9 +297,11 @@ def run() -> Iterator[Any]:
     0 1
     """
     comm = world()
-    watcher = Watcher(comm, importlib.import_module("mpi4py.MPI").COMM_TYPE_SHARED)
+    shared = importlib.import_module("mpi4py.MPI").COMM_TYPE_SHARED
+    watcher = Watcher(comm, shared)
     try:
-        yield comm
+        with share_processors(comm.Split_type(shared)):
+            yield comm
     except BaseException as error:
         status = error.code if isinstance(error, SystemExit) else 1
         if comm.size == 1 or status in (None, 0):
@@ -311,6 +318,34 @@ def run() -> Iterator[Any]:
         time.sleep(1)  # mpiexec drops what it has not read yet when a job aborts
         comm.Abort(status if isinstance(status, int) else 1)
     watcher.dismiss()
+
+
+@contextlib.contextmanager
+def share_processors(machine: Any) -> Iterator[None]:
+    """Let ranks that may run on the same processors have a share of the threads each, of swl's pool and of NumPy's BLAS.
+
+    Nothing is changed for a rank that ``mpiexec`` has bound to processors of its own, for another number of threads than
+    that of the processors, set by `swl.set_num_threads`, nor for BLAS where an environment variable says how many.
+
+    Parameters
+    ----------
+    machine : communicator
+        The ranks of this machine.
+    """
+    here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    ranks = machine.allgather(here).count(here)
+    share, before = max(1, len(here) // ranks), POOL.threads
+    said = any(os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
+    blas = None if said else control()
+    blas_before = share if blas is None else blas.get()
+    with contextlib.ExitStack() as undo:
+        if before == len(here) != share:
+            undo.callback(POOL.resize, before)
+            POOL.resize(share)
+        if blas is not None and blas_before > share:
+            undo.callback(blas.set, blas_before)
+            blas.set(share)
+        yield
 
 
 def world() -> Any:
