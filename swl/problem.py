@@ -92,7 +92,7 @@ class Problem(NamedTuple):
             loss = loss * self.sample_weight
         if self.options.reduction == "none":
             return loss.reshape(self.leading)
-        total = loss.sum(dtype=F64)
+        total = self.backend.total(loss)
         if self.denominator is not None:
             total = total * inverse(self.backend.xp, self.denominator)
         return self.backend.xp.asarray(total, dtype=self.acc)

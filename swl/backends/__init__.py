@@ -104,6 +104,9 @@ class Backend(Protocol):
     ) -> Rows:
         """Both sweeps in one, bitwise equal to calling them in turn."""
 
+    def total(self, x: Any) -> Any:
+        """Sum a vector, of dtype acc, in float64: a number on a host, a 0-d array on a device."""
+
     def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
         """Compute Σ loss over class ids without options, how many count, and the mean's gradient into `out` unless None.
 

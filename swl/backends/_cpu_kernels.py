@@ -46,6 +46,7 @@ from swl.backends._simd import (
     lanes,
     load,
     load_tail,
+    read_only,
     row_of,
     scalar,
     set_item,
@@ -277,21 +278,40 @@ def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean:
     return _clean(ids, n_classes, ignore_index, weight, clean, row_weight)
 
 
-@_kernel
-def plain_loss(logits: Any, ids: Any, ignore_index: int, none: Any, no_probs: Any, out: Any, rows: Any) -> Any:
-    """Do what `swl.backends.Backend.plain_loss` says, but for the sum of the rows' losses; return Σ m, or −1 for a bad id.
+@njit(**INNER)
+def _total(x: Any) -> float:
+    """Sum in float64, in an order that never changes."""
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0
+    full = x.size - x.size % 4
+    for n in range(0, full, 4):
+        a, b, c, d = a + x[n], b + x[n + 1], c + x[n + 2], d + x[n + 3]
+    for n in range(full, x.size):
+        a += x[n]
+    return (a + b) + (c + d)
 
-    `none` and `no_probs` stand for the options; `out` has no rows where no gradient is wanted.
-    """
-    clean, argmax = np.empty(ids.size, np.int64), np.empty(0, np.int64)
-    bad, count = _clean(ids, logits.shape[1], ignore_index, none, clean, none)
+
+@_kernel
+def total(x: Any) -> float:
+    """Sum a vector in float64."""
+    return _total(x)
+
+
+@_kernel
+def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any) -> Any:
+    """Return Σ loss and Σ m, or −1 for a bad id; write the gradient of the mean unless `out` has no rows."""
+    N, C = logits.shape
+    rows, clean, argmax = np.empty((5, N), logits.dtype), np.empty(N, np.int64), np.empty(0, np.int64)
+    none, no_probs = np.empty(0, logits.dtype), read_only(np.empty((1, 0), logits.dtype))
+    bad, count = _clean(ids, C, ignore_index, none, clean, none)
     if bad >= 0:
-        return -1.0
+        return 0.0, -1.0
     scale, flags = none, FORWARD
     if out.size:
-        scale, flags = np.full(1, 1.0 / count if count > 0 else 0.0, rows.dtype), FORWARD | BACKWARD
-    sweep(logits, out, 0, clean, no_probs, none, none, none, scale, rows, argmax, 1.0, 0.0, 0.0, 0.0, 0, flags)
-    return count
+        scale, flags = np.full(1, 1.0 / count if count > 0 else 0.0, logits.dtype), FORWARD | BACKWARD
+    sweep(
+        read_only(logits), out, 0, clean, no_probs, none, none, none, scale, rows, argmax, 1.0, 0.0, 0.0, 0.0, 0, flags
+    )
+    return _total(rows[LOSS]), count
 
 
 @_kernel

@@ -622,6 +622,9 @@ class CupyBackend:
     def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
         return None
 
+    def total(self, x: Any) -> Any:
+        return x.sum(dtype=np.float64)
+
     def check(self) -> None:
         for device in list(self._devices.values()):
             with self.xp.cuda.Device(device.index) as on:

@@ -184,16 +184,20 @@ class NumbaBackend(NumpyBackend):
         acc = logits.dtype
         if acc not in _NONE or logits.ndim != 2 or ids.shape != logits.shape[:1] or not logits.size:
             return None
-        if not (ids.dtype == np.int64 and ids.flags.carray and _fits(logits, acc)):
+        if not (
+            ids.dtype == np.int64 and ids.flags.carray and logits.flags.carray
+        ):  # else they would compile once more
             return None
         if out is not None:
             if out.dtype != acc or out.shape != logits.shape or not out.flags.carray:
                 return None
             if out is not logits and np.may_share_memory(out, logits):
                 return None
-        rows, grad = np.empty((5, ids.size), acc), _NO_OUT[acc] if out is None else out
-        count = kernels.plain_loss(_read_only(logits), ids, ignore_index, _NONE[acc], _NO_PROBS[acc], grad, rows)
-        return None if count < 0 else (rows[0].sum(dtype=_F64), count)
+        total, count = kernels.plain_loss(logits, ids, ignore_index, _NO_OUT[acc] if out is None else out)
+        return None if count < 0 else (total, count)
+
+    def total(self, x: Any) -> Any:
+        return kernels.total(_vector(x, x.dtype))
 
     def info(self) -> dict[str, str]:
         return {"numba": numba.__version__, "threads": str(POOL.threads)}

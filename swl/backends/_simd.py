@@ -29,6 +29,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import register_default
 from numba.core.datamodel.models import PrimitiveModel, StructModel
+from numba.core.imputils import impl_ret_borrowed
 from numba.core.typing import signature
 from numba.extending import intrinsic, make_attribute_wrapper, overload
 
@@ -93,6 +94,17 @@ def _view(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -
     made.data = builder.gep(view.data, [builder.mul(index, shape[-1])])
     made.size = shape[-1]
     return made._getvalue()
+
+
+@intrinsic
+def read_only(typingctx: Any, array: Any) -> Any:
+    """See an array as one that is not written to: the type that the kernels take their operands as."""
+    seen = array.copy(readonly=True)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return impl_ret_borrowed(context, builder, sig.return_type, args[0])
+
+    return signature(seen, array), codegen
 
 
 @intrinsic

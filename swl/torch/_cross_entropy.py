@@ -15,9 +15,11 @@ from torch import Tensor
 
 from swl.backends import Rows
 from swl.torch._loss import (
+    NO_TENSORS,
     Loss,
     Settings,
     Tensors,
+    at_once,
     check,
     composed,
     out_dtype,
@@ -96,6 +98,20 @@ def cross_entropy(
     >>> logits.grad[0]
     tensor([-0.3750,  0.1250,  0.1250,  0.1250])
     """
+    if (
+        (weight is size_average is reduce is sample_weight is softcap is denominator is None)
+        and reduction == "mean"
+        and label_smoothing == z_loss == 0
+        and type(ignore_index) is int
+        and route(input, target) == "at hand"
+    ):
+        tracked = input.requires_grad and torch.is_grad_enabled()
+        small = at_once(input, target, ignore_index, tracked)
+        if small is not None:
+            if tracked:
+                options = NO_TENSORS, Settings("mean", ignore_index), False
+                return _CrossEntropy.apply(input, target, options, input.dtype, small)
+            return torch.scalar_tensor(small[0], dtype=input.dtype)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     setting = settings(reduction, ignore_index, label_smoothing, z_loss, softcap)
@@ -108,7 +124,7 @@ def cross_entropy(
     if way == "transformed":
         return composed(input, target, given, setting, probabilities).to(dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        return _CrossEntropy.apply(input, target, given, setting, probabilities, dtype)
+        return _CrossEntropy.apply(input, target, (given, setting, probabilities), dtype)
     return forward(input, target, given, setting, probabilities, dtype)
 
 
@@ -129,56 +145,60 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         target: Tensor,
-        given: Tensors,
-        setting: Settings,
-        probabilities: bool,
+        options: tuple[Tensors, Settings, bool],
         dtype: torch.dtype,
+        small: tuple[float, Tensor] | None = None,
     ) -> Tensor:
-        loss = Loss.of(input, target, given, setting, probabilities)
+        ctx.save_for_backward(input, target)
+        ctx.options = options
+        if small is not None:
+            ctx.loss, ctx.gradient = None, small[1]
+            return torch.scalar_tensor(small[0], dtype=dtype)
+        ctx.loss = loss = Loss.of(input, target, *options)
         with loss.bridge.scope():
-            at_once = loss.bridge.on_host and setting.reduction != "none" and input.dtype is not torch.float16
-            if at_once and ctx.needs_input_grad[0]:
-                rows, ctx.gradient = loss.both(input)
+            one_sweep = loss.bridge.on_host and options[1].reduction != "none" and input.dtype is not torch.float16
+            if one_sweep and ctx.needs_input_grad[0]:
+                ctx.rows, ctx.gradient = loss.both(input)
             else:
-                rows, ctx.gradient = loss.forward(input), None
-            ctx.save_for_backward(input, target)
-            ctx.loss, ctx.rows, ctx.given, ctx.probabilities = loss, rows, given, probabilities
-            return loss.reduce(rows.loss, dtype)
+                ctx.rows, ctx.gradient = loss.forward(input), None
+            return loss.reduce(ctx.rows.loss, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return *_twice(ctx, grad_output), None, None, None, None
-        loss, rows, d_target = ctx.loss, ctx.rows, None
-        d_input, ctx.gradient = ctx.gradient, None
+            return *_twice(ctx, grad_output), None, None, None
+        (d_input, ctx.gradient), d_target = (ctx.gradient, None), None
         if d_input is not None:
             if grad_output.item() != 1.0:
                 d_input.mul_(grad_output)
-        elif ctx.needs_input_grad[0]:
-            with loss.bridge.scope():
+            if not ctx.needs_input_grad[1]:
+                return d_input, None, None, None, None
+        if ctx.loss is None:  # of a small problem, whose gradient has been handed over
+            input, target = ctx.saved_tensors
+            ctx.loss = Loss.of(input, target, *ctx.options)
+            ctx.rows = ctx.loss.forward(input)
+        loss, rows = ctx.loss, ctx.rows
+        with loss.bridge.scope():
+            if d_input is None and ctx.needs_input_grad[0]:
                 d_input = loss.backward(ctx.saved_tensors[0], rows, loss.row_scale(grad_output))
-        if ctx.needs_input_grad[1]:
-            with loss.bridge.scope():
-                d_target = _target_gradient(loss, ctx.saved_tensors, rows, grad_output, ctx.given)
-        return d_input, d_target, None, None, None, None
+            if ctx.needs_input_grad[1]:
+                d_target = _target_gradient(ctx, grad_output)
+        return d_input, d_target, None, None, None
 
 
-def _target_gradient(loss: Loss, saved: Any, rows: Rows, grad_output: Tensor, given: Tensors) -> Tensor:
-    input, target = saved
-    tensor, o = loss.bridge.tensor, loss.problem.options
-    setting = Settings(o.reduction, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap or 0.0)
-    scale = tensor(loss.row_scale(grad_output))
+def _target_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+    (input, target), rows, tensor = ctx.saved_tensors, ctx.rows, ctx.loss.bridge.tensor
+    scale = tensor(ctx.loss.row_scale(grad_output))
+    given, setting, _ = ctx.options
     grad = target_gradient(input, tensor(rows.row_max), tensor(rows.log_sum), scale, given.weight, setting)
     return grad.to(target.dtype)
 
 
 def _twice(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Compute gradients that can be differentiated again, which asks for torch's own operations."""
-    o = ctx.loss.problem.options
-    setting = Settings(o.reduction, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap or 0.0)
-    saved = ctx.saved_tensors
-    loss = composed(saved[0], saved[1], ctx.given, setting, ctx.probabilities)
-    wanted = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
+    input, target = ctx.saved_tensors
+    loss = composed(input, target, *ctx.options)
+    wanted = [t for t, needed in zip((input, target), ctx.needs_input_grad, strict=False) if needed]
     grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=True))
     d_input, d_target = (next(grads) if needed else None for needed in ctx.needs_input_grad[:2])
     return d_input, d_target

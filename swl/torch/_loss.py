@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from swl.backends import Rows
 from swl.checks import F32, F64
+from swl.passes import SMALL
 from swl.problem import Problem, problem
 from swl.targets import Options, Reduction
 from swl.torch._bridge import Bridge, bridge
 
 __all__ = [
     "FLOATS",
+    "NO_TENSORS",
     "Loss",
     "Settings",
     "Tensors",
+    "at_once",
     "check",
     "composed",
     "logits_rows",
@@ -60,7 +64,7 @@ class Tensors(NamedTuple):
     denominator: Tensor | None = None  # 0-d
 
 
-_NO_TENSORS = Tensors()
+NO_TENSORS = Tensors()
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -93,7 +97,7 @@ def tensors(
 ) -> Tensors:
     """Check the options that are tensors, but for their shapes."""
     if weight is None and sample_weight is None and denominator is None:
-        return _NO_TENSORS
+        return NO_TENSORS
     if denominator is not None:
         if not isinstance(denominator, Tensor):
             Options.checked({"reduction": reduction, "denominator": denominator})  # type: ignore[typeddict-item]
@@ -218,6 +222,23 @@ def _samples(x: Tensor) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------ sweeps
 
 
+def at_once(input: Tensor, target: Tensor, ignore_index: int, gradient: bool) -> tuple[float, Tensor | None] | None:
+    """Compute the mean loss of a small problem without options on a CPU, and its gradient; None where it is something else.
+
+    Nothing was checked before: whatever is unusual is left to the general way, which also tells what is wrong.
+    """
+    if not (input.is_cpu and target.is_cpu) or input.numel() > SMALL or target.dtype is not torch.int64:
+        return None
+    here = bridge(input)
+    logits = here.array(input)
+    out = np.empty(logits.shape, logits.dtype) if gradient else None
+    done = here.backend.plain_loss(logits, target.numpy(), ignore_index, out)
+    if done is None:
+        return None
+    total, count = done
+    return total / count if count else math.nan, None if out is None else torch.from_numpy(out)
+
+
 class Loss(NamedTuple):
     """A loss whose arguments were checked; its sweeps take the logits as a tensor."""
 
@@ -300,7 +321,7 @@ class Loss(NamedTuple):
             loss = loss * p.sample_weight
         if p.options.reduction == "none":
             return self.bridge.tensor(loss).to(dtype).view(self.shape)
-        total = loss.sum(dtype=F64)
+        total = p.backend.total(loss)
         if self.bridge.on_host:
             value = float(total)
             if p.denominator is not None:
