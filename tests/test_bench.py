@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -150,3 +151,14 @@ def test_pytest_saves_rows_that_can_be_compared(tmp_path: Path) -> None:
     worse = compare(0.7)
     assert worse.returncode == 1
     assert "worse " in worse.stdout
+
+
+def test_the_inner_loops_are_vectors_without_calls() -> None:
+    """Read from the assembly; the exponential, a polynomial, shows in the multiply-adds."""
+    command = [sys.executable, "bench/assembly.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    if "x86-64, not that of" in done.stdout:
+        return  # nothing to read there
+    assert any(int(n) >= 12 for n in re.findall(r"(\d+) multiply-adds", done.stdout))
+    assert all(n == "0" for n in re.findall(r"(\d+) calls$", done.stdout, re.MULTILINE))
