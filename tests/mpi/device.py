@@ -110,6 +110,8 @@ def one_network(comm: Any, class_parallel: int, options: dict[str, Any]) -> byte
     *body, last = network().layers
     options = {name: swl.asarray(value) if name == "weight" else value for name, value in options.items()}
     head = distributed.ClassParallelHead.of(grid.classes, last.W, last.b, **options)
+    if grid.data.rank:
+        body[0].W[...] = 7.0  # what rank 0 has is what counts
     net = distributed.DataParallel(swl.Sequential(*body, head), grid.data, bucket=200, check_every=2)
     steps = swl.AdamW(1e-2), swl.AdamW(1e-2)
     losses = []
@@ -174,6 +176,8 @@ def main(backend: str) -> None:
             devices.install()
         with swl.use_backend(backend):
             distributed.own_device(comm)
+            if (cuda := getattr(get(backend).xp, "cuda", None)) is not None:
+                assert cuda.Device().id == comm.rank % cuda.runtime.getDeviceCount()
             results = [one_head(comm, i, options, backend) for i, options in enumerate(OPTIONS * 2)]
             grids = [k for k in (1, 2, 3, 4) if comm.size % k == 0]
             several = {}, {"weight": np.linspace(0.1, 2, C), "label_smoothing": 0.1}
