@@ -67,7 +67,8 @@ class Counted:
 
     Parameters
     ----------
-    comm : mpi4py.MPI.Comm
+    comm : mpi4py.MPI.Comm, or the `transport` of a head or of DataParallel
+        NCCL sends past the communicator of the ranks, so only its transport can be counted.
 
     Attributes
     ----------

@@ -205,19 +205,21 @@ class ThroughMpi(_Transport):
     """Device memory handed to an MPI that reads and writes it.
 
     MPI knows nothing of streams: what is to be sent must be there, and what still uses the memory that is received into must
-    be done. So the host waits for the current stream before a collective is begun; what comes after one needs no waiting,
-    since MPI returns when the data is there.
+    be done. So the host waits for the current stream before each collective; what comes after one needs no waiting, since
+    MPI returns when the data is there. All of them are blocking ones: Open MPI takes device memory in no others.
     """
 
     def Ialltoallv(self, send: Any, recv: Any) -> Any:  # noqa: N802
         """Send a block to each rank and receive one from each."""
         self._settle()
-        return self.comm.Ialltoallv(send, recv)
+        self.comm.Alltoallv(send, recv)
+        return _DONE
 
     def Iallgatherv(self, send: Any, recv: Any) -> Any:  # noqa: N802
         """Send an array to all ranks, and receive theirs."""
         self._settle()
-        return self.comm.Iallgatherv(send, recv)
+        self.comm.Allgatherv(send, recv)
+        return _DONE
 
     def Bcast(self, x: Any, root: int) -> None:  # noqa: N802
         """Give all ranks the root's array."""
@@ -273,15 +275,15 @@ class ThroughNccl(_Transport):
             self.group.bcast(x.data.ptr, x.nbytes, self.nccl.NCCL_UINT8, root, stream)
 
 
-class _Enqueued:
-    """What a stream does in its order needs no waiting for."""
+class _Done:
+    """The request of what is done, or what the stream does in its order."""
 
     def Test(self) -> bool:  # noqa: N802
         """Say that nothing is to be done."""
         return True
 
     def Wait(self) -> None:  # noqa: N802
-        """Leave the waiting to the stream."""
+        """Wait for nothing."""
 
 
-_DONE = _Enqueued()
+_DONE = _Done()
