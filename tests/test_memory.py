@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 import swl
 from swl.backends._memory import _ALIGN, MEMORY, SMALLEST, HostPool
+from swl.backends._threads import Pool
 
 LIMIT = 6 * SMALLEST
 
@@ -199,6 +201,27 @@ def test_threads_never_share_a_block() -> None:
         thread.join()
     assert not failures
     assert pool.use().in_use == 0
+
+
+def test_threads_that_come_late_keep_nothing_alive() -> None:
+    """Else the results of all calls that the caller's thread did alone would wait in the queue with their jobs."""
+    pool, gate = Pool(), threading.Event()
+    pool.threads = 2
+    busy = threading.Thread(target=pool.run, args=(lambda begin, end: gate.wait(60), 2))
+    busy.start()  # it takes one range, the pool's only thread the other
+    x = np.ones(3)
+    alive = weakref.ref(x)
+
+    def work(begin: int, end: int, x: Any = x) -> None:
+        x[begin:end] = 2
+
+    pool.run(work, 3)
+    assert x.tolist() == [2, 2, 2]
+    del x, work
+    assert alive() is None
+    gate.set()
+    busy.join()
+    pool.resize(1)
 
 
 def test_a_finaliser_may_run_amid_the_pools_own_lines() -> None:

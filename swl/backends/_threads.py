@@ -23,10 +23,11 @@ def _available() -> int:
 class _Job:
     """Ranges of one piece of work, from which each thread that has time takes the next."""
 
-    __slots__ = ("_left", "_lock", "_ranges", "_work", "done", "error")
+    __slots__ = ("_left", "_lock", "_ranges", "done", "error", "work")
 
     def __init__(self, work: Callable[[int, int], object], ranges: deque[tuple[int, int]]) -> None:
-        self._work, self._ranges, self._left = work, ranges, len(ranges)
+        self.work: Callable[[int, int], object] | None = work
+        self._ranges, self._left = ranges, len(ranges)
         self._lock = Lock()
         self.done = Lock()
         self.done.acquire()
@@ -40,8 +41,8 @@ class _Job:
             except IndexError:
                 return
             try:
-                if self.error is None:
-                    self._work(begin, end)
+                if self.error is None and self.work is not None:
+                    self.work(begin, end)
             except BaseException as error:  # raised again by the caller
                 self.error = error
             with self._lock:
@@ -96,6 +97,7 @@ class Pool:
             jobs.put(job)
         job.run()
         job.done.acquire()
+        job.work = None  # a thread that comes late finds the job in the queue, and must not find its arrays alive
         if job.error is not None:
             raise job.error
 
