@@ -53,6 +53,8 @@ class Plan(NamedTuple):
     products: int
     """Matrix products of N·D·C multiply-adds each."""
     memory_budget: int
+    stored: int
+    """Bytes of a number in the inputs; fewer than `itemsize` for 16-bit ones."""
 
     @property
     def chunks(self) -> int:
@@ -70,16 +72,24 @@ class Plan(NamedTuple):
         )
 
     @property
+    def accumulators(self) -> int:
+        """Bytes beside the budget: a wider ``dW``, where that of 16-bit weights is added up over chunks of rows."""
+        return (
+            self.itemsize * self.D * self.C if self.tile and self.rows < self.N and self.stored < self.itemsize else 0
+        )
+
+    @property
     def flops(self) -> int:
         """Floating-point operations of the products."""
         return 2 * self.products * self.N * self.D * self.C
 
     def __str__(self) -> str:
+        wider = f"; dW is added up in {self.accumulators / 2**20:.1f} MiB beside it" if self.accumulators else ""
         return (
             f"linear_cross_entropy of {self.N} rows, {self.D} inputs, {self.C} classes\n"
             f"  chunks  {self.chunks} of {self.rows} rows × {self.classes} classes\n"
             f"  memory  {self.bytes / 2**20:.1f} MiB of a budget of {self.memory_budget / 2**20:.1f} MiB; "
-            f"all logits are {self.N * self.C * self.itemsize / 2**20:.1f} MiB\n"
+            f"all logits are {self.N * self.C * self.itemsize / 2**20:.1f} MiB{wider}\n"
             f"  work    {self.products} products, {self.flops / 1e9:.1f} Gflop"
         )
 
@@ -105,7 +115,8 @@ def plan(
         Empty for the loss alone.
     memory_budget : int
         Bytes of working memory, inputs and outputs not counted. It is kept from ``4·D + 1`` numbers on; a smaller one
-        gets the smallest chunks.
+        gets the smallest chunks. Not in it are the float32 copies of 16-bit inputs, and their ``dW`` while it is added up
+        (`Plan.accumulators`). The NumPy backend, the specification, holds several arrays of a chunk's size.
 
     Returns
     -------
@@ -134,21 +145,21 @@ def plan(
     if memory_budget <= 0:
         raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
     needs = check_needs(needs)
-    itemsize = acc_dtype(np.dtype(dtype)).itemsize
+    stored, itemsize = np.dtype(dtype).itemsize, acc_dtype(np.dtype(dtype)).itemsize
     room = memory_budget // itemsize  # in numbers
     gradients = len(needs & {"dx", "dW"})
     tile = max(1, min(C, 2048, room // (16 * max(D, 1)))) if "dW" in needs else 0
     products = 1 + gradients
     if room >= N * C:
-        return Plan(N, D, C, max(N, 1), max(C, 1), tile, itemsize, products, memory_budget)
+        return Plan(N, D, C, max(N, 1), max(C, 1), tile, itemsize, products, memory_budget, stored)
     rows = (room - 2 * D * tile) // C
     if rows >= min(N, MIN_ROWS):
-        return Plan(N, D, C, _even(N, rows), C, tile, itemsize, products, memory_budget)
+        return Plan(N, D, C, _even(N, rows), C, tile, itemsize, products, memory_budget, stored)
     rows = max(1, min(N, 4 * MIN_ROWS, room // (4 * max(D, 1))))
     fixed = (2 * D * tile if rows < N else 0) + 2 * rows * D
     classes = _even(C, max(1, min(C, (room - fixed) // rows)))
     again = bool(needs) and classes < C  # the logits are formed twice
-    return Plan(N, D, C, rows, classes, tile, itemsize, products + again, memory_budget)
+    return Plan(N, D, C, rows, classes, tile, itemsize, products + again, memory_budget, stored)
 
 
 def _even(total: int, most: int) -> int:

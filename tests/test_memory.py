@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import threading
+import tracemalloc
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -294,3 +295,36 @@ def test_info_tells_what_the_pool_holds(capsys: Any) -> None:
     line = next(line for line in capsys.readouterr().out.splitlines() if "swl.empty_cache()" in line)
     assert line.split(maxsplit=1)[1].startswith("1 MiB in results, 1 MiB kept for later ones of at most 1024 MiB")
     del kept
+
+
+# ------------------------------------------------------------------------------------------------ the fused head's plan
+
+
+@pytest.mark.usefixtures("emptied")
+@pytest.mark.parametrize(("rows", "adds_up"), [(100, True), (1024, False)])
+def test_a_plan_tells_what_16_bit_weights_take_beside_the_budget(rows: int, adds_up: bool) -> None:
+    N, D, C = 1024, 64, 8000
+    rng = np.random.default_rng(0)
+    x, W = rng.standard_normal((N, D)).astype(np.float16), (rng.standard_normal((D, C)) / 8).astype(np.float16)
+    t, budget = rng.integers(0, C, N), 4 * rows * C + 2**20
+    plan = swl.plan(N, D, C, dtype=np.float16, memory_budget=budget)
+    assert plan.accumulators == (4 * D * C if adds_up else 0)
+    assert ("dW is added up in 2.0 MiB beside it" in str(plan)) == adds_up
+    assert swl.plan(N, D, C, memory_budget=budget).accumulators == 0  # float32
+    assert swl.plan(N, D, C, dtype=np.float16, needs=["dx"], memory_budget=budget).accumulators == 0
+
+    def peak() -> int:
+        """Bytes above inputs and outputs."""
+        swl.empty_cache()
+        tracemalloc.start()
+        try:
+            with swl.use_backend("numba"):
+                _, (dx, dW, _) = swl.linear_cross_entropy_value_and_grad(x, W, t, memory_budget=budget)
+            return tracemalloc.get_traced_memory()[1] - dx.nbytes - dW.nbytes
+        finally:
+            tracemalloc.stop()
+
+    peak()
+    copies = 2 * 4 * (x.size + W.size)  # of an operand and of a transposed one
+    assert plan.bytes + plan.accumulators <= peak() * 1.01 + 2 * D * C  # the narrow dW comes after the chunk is gone
+    assert peak() <= plan.bytes + plan.accumulators + copies + 2**19
