@@ -13,7 +13,7 @@ import numpy as np
 
 from swl import checks, passes
 from swl.arrays import beside
-from swl.backends import active, get, resolve
+from swl.backends import NOTHING, active, get, resolve
 from swl.head import AffineSoftmaxWithLoss
 from swl.layer import Layer, WithAffineParameters, bring, describe
 from swl.targets import OptionKwargs, Options
@@ -41,6 +41,9 @@ class Affine(WithAffineParameters):
         Both are kept, not copied, so an in-place update outside is an update here. Only under an active device backend
         are host arrays copied to the device.
 
+    needs_dx : bool
+        See the attribute.
+
     Attributes
     ----------
     W, b : array
@@ -49,6 +52,8 @@ class Affine(WithAffineParameters):
         Their gradients, new arrays after each `backward`.
     x : array or None
         The input of the last `forward`.
+    needs_dx : bool
+        Whether `backward` computes the gradient of the input. The first layer of a network may spare it.
     backend : str
         Name of the backend the layer belongs to: ``"cupy"`` if `W` is a CUDA array, else the one active at
         construction.
@@ -71,8 +76,9 @@ class Affine(WithAffineParameters):
            [2., 2.]])
     """
 
-    def __init__(self, W: Any, b: Any = None) -> None:
+    def __init__(self, W: Any, b: Any = None, *, needs_dx: bool = True) -> None:
         super().__init__(W, b)
+        self.needs_dx = bool(needs_dx)
 
     def forward(self, x: Any) -> Any:
         """Compute ``y = x·W + b``.
@@ -105,7 +111,7 @@ class Affine(WithAffineParameters):
 
         Returns
         -------
-        array, of the shape of `x`
+        array, of the shape of `x`, or None without `needs_dx`
 
         Raises
         ------
@@ -113,7 +119,7 @@ class Affine(WithAffineParameters):
             Before the first `forward`.
         """
         done = self._last_forward()
-        needs = ("dx", "dW") if self._b is None else ("dx", "dW", "db")
+        needs = _NEEDS[self.needs_dx, self._b is not None]
         with done.backend.scope(W=done.W, dout=dout):
             dx, self.dW, self.db = done.backward(dout, needs)
         return dx
@@ -121,6 +127,13 @@ class Affine(WithAffineParameters):
     def __repr__(self) -> str:
         D, K = self._W.shape
         return f"Affine({D}, {K})" if self._b is not None else f"Affine({D}, {K}, no bias)"
+
+
+_NEEDS = {
+    (dx, db): tuple(name for name, wanted in (("dx", dx), ("dW", True), ("db", db)) if wanted)
+    for dx in (False, True)
+    for db in (False, True)
+}
 
 
 class ReLU(Layer):
@@ -138,9 +151,10 @@ class ReLU(Layer):
 
     def _run(self, x: Any) -> tuple[Any, Any]:
         backend = resolve(None, {"x": x})
-        with backend.scope(x=x), np.errstate(invalid="ignore"):  # NumPy's bfloat16 warns of NaN
+        with backend.scope(x=x):
             x = checks.float_array(backend, "x", x)
-            return backend.xp.maximum(x, x.dtype.type(0)), (backend, x.dtype, x <= 0)
+            with np.errstate(invalid="ignore") if x.dtype.kind == "V" else NOTHING:  # NumPy's bfloat16 warns of NaN
+                return backend.xp.maximum(x, x.dtype.type(0)), (backend, x.dtype, x <= 0)
 
     def backward(self, dout: Any) -> Any:
         """Compute ``dx = dout·[x > 0]`` in a new array, exactly 0 where ``x <= 0`` whatever `dout` is there."""
@@ -149,7 +163,7 @@ class ReLU(Layer):
             dout = checks.float_array(backend, "dout", dout)
             checks.require_shape("dout", dout, mask.shape, "the shape of x")
             dx = backend.xp.where(mask, dout.dtype.type(0), dout)
-            return dx if dx.dtype == dtype else dx.astype(dtype)
+            return dx.astype(dtype, copy=False)
 
 
 Relu = ReLU  # the book's spelling
@@ -259,6 +273,8 @@ class SoftmaxWithLoss(Layer):
         0-d array, or shape (...) under ``reduction="none"``
         """
         x, t, options = self._inputs(x, t)
+        if (small := passes.at_once(x, t, options, False, None, 1.0)) is not None:
+            return self._keep(passes.SmallPass(x, t, options, *small), t)
         return self._keep(passes.cross_entropy_forward(x, t, options), t)
 
     def backward(self, dout: Any = 1) -> Any:
@@ -285,6 +301,9 @@ class SoftmaxWithLoss(Layer):
         """
         x, t, options = self._inputs(x, t)
         dout = beside(x, dout) if type(dout) is np.ndarray else dout
+        if (small := passes.at_once(x, t, options, False, None, dout)) is not None:
+            loss, dx = small
+            return self._keep(passes.SmallPass(x, t, options, loss), t), dx
         done, dx = passes.one_sweep(x, t, options, dout)
         return self._keep(done, t), dx
 
@@ -292,7 +311,7 @@ class SoftmaxWithLoss(Layer):
         """Give the scores back as they are: inference needs no softmax."""
         return x
 
-    def _keep(self, done: passes.Pass, t: Any) -> Any:
+    def _keep(self, done: passes.Pass | passes.SmallPass, t: Any) -> Any:
         self._saved, self._y, self.t, self.loss = done, None, t, done.loss
         return self.loss
 

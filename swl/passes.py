@@ -59,8 +59,8 @@ class AffinePass(NamedTuple):
         dx = backend.empty(x2.shape, x2.dtype) if "dx" in needs else None
         dW = backend.empty(W.shape, W.dtype) if "dW" in needs else None
         db = backend.empty((K,), W.dtype) if "db" in needs else None
-        backend.affine_backward(dout.reshape(x2.shape[0], K), x2, W, dx, dW, db)
-        return (None if dx is None else dx.reshape(x.shape)), dW, db
+        backend.affine_backward(dout if dout.ndim == 2 else dout.reshape(x2.shape[0], K), x2, W, dx, dW, db)
+        return (dx if dx is None or x.ndim == 2 else dx.reshape(x.shape)), dW, db
 
 
 class Pass(NamedTuple):
@@ -200,6 +200,31 @@ def at_once(
         return None
     total, count = done
     return np.asarray(total * inverse(np, count), logits.dtype), out
+
+
+class SmallPass:
+    """What `at_once` has computed, in the place of a `Pass`, which is made only for what was not computed."""
+
+    def __init__(self, logits: Any, target: Any, options: Options, loss: Any, gradient: Any = None) -> None:
+        self._arguments = logits, target, options._replace(backend=active())
+        self.loss, self._gradient = loss, gradient
+        self._pass: Pass | None = None
+
+    def backward(self, dout: Any = 1.0) -> Any:
+        """Compute ``dout · ∂loss/∂logits``, or hand over what is there."""
+        gradient, self._gradient = self._gradient, None
+        if gradient is not None and type(dout) in (int, float) and dout == 1:
+            return gradient
+        return self._general().backward(dout)
+
+    def probabilities(self) -> Any:
+        """Compute softmax(z), shape (N, C)."""
+        return self._general().probabilities()
+
+    def _general(self) -> Pass:
+        if self._pass is None:
+            self._pass = cross_entropy_forward(*self._arguments)
+        return self._pass
 
 
 def cross_entropy_forward(logits: Any, target: Any, options: Options, stats: bool = False, stream: Any = None) -> Pass:

@@ -99,7 +99,10 @@ class NumbaBackend(NumpyBackend):
         if dW is not None:
             product(x.T, dout, dW, add=accumulate and max(1, accumulate // 2))
         if db is not None:
-            super().affine_backward(dout, x, W, None, None, db, accumulate)
+            if accumulate or not db.dtype == dout.dtype in _NONE:
+                super().affine_backward(dout, x, W, None, None, db, accumulate)
+            else:
+                np.add.reduce(dout, axis=0, out=db)
 
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
         clean = np.empty(ids.size, np.int64)

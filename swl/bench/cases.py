@@ -241,7 +241,8 @@ def training_step(N: int, D: int, H: int, C: int) -> Built:
         return gradients
 
     with swl.use_backend("numba"):
-        first, second = swl.Affine(start[0].copy(), start[1].copy()), swl.Affine(start[2].copy(), start[3].copy())
+        first = swl.Affine(start[0].copy(), start[1].copy(), needs_dx=False)
+        second = swl.Affine(start[2].copy(), start[3].copy())
         net, optimizer = swl.Sequential(first, swl.ReLU(), second, swl.SoftmaxWithLoss()), swl.SGD(lr=float(lr))
         parameters = net.parameters()
 
