@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "groups", nargs="*", metavar="GROUP", help="what to compare; losses and forward by default, or all"
     )
     bench.add_argument(
-        "--rounds", type=_at_least(int, 1), default=5, metavar="N", help="blocks of each contender (%(default)s)"
+        "--rounds", type=_at_least(int, 1), default=3, metavar="N", help="blocks of each contender (%(default)s)"
     )
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the time per logit over the classes instead")
     bench.set_defaults(run=_bench)
