@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,69 @@ def test_gradients_hold_hardly_any_subnormal_numbers(dtype: Any) -> None:
     subnormal = (grad != 0) & (np.abs(grad) < np.finfo(dtype).tiny)
     assert subnormal.mean() < 1e-3
     assert (grad == 0).mean() > 0.5
+
+
+@pytest.mark.parametrize("C", [1, 2, 10, 63, 64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_of_few_classes_are_what_longer_rows_are(C: int, dtype: Any) -> None:
+    """Few classes go through the lanes, a row in each; with masked classes behind them, they are summed along the row."""
+    rng = np.random.default_rng(C)
+    z = (rng.standard_normal((71, C)) * 5).astype(dtype)
+    z[3], z[4, 0], z[5, -1], z[6] = -np.inf, np.nan, np.inf, 1e8
+    t = rng.integers(0, C, len(z))
+    t[[1, 40, 70]] = -100
+    long = np.full((len(z), 100), -np.inf, dtype)
+    long[:, :C] = z
+    options: dict[str, Any] = {"reduction": "none", "z_loss": 1e-3, "dout": rng.standard_normal(len(z))}
+    w = rng.random(100).astype(dtype)
+    with swl.use_backend("numba"):
+        loss, grad, stats = swl.cross_entropy_value_and_grad(z, t, weight=w[:C], stats=True, **options)
+        expected, wide, long_stats = swl.cross_entropy_value_and_grad(long, t, weight=w, stats=True, **options)
+    close = partial(np.testing.assert_allclose, rtol=20 * np.finfo(dtype).eps, atol=20 * np.finfo(dtype).eps)
+    close(loss, expected)
+    close(grad, wide[:, :C])
+    for name in ("row_max", "log_sum", "log_prob", "argmax"):
+        close(getattr(stats, name), getattr(long_stats, name))
+    assert not grad[t == -100].any()
+
+
+@pytest.mark.parametrize("at", [5, 1023, 1024, 4095, 4096, 9000, 12_290])
+@pytest.mark.parametrize("above", [1.0, 3.9, 4.1, 60.0, 1e4])
+def test_a_maximum_may_stand_anywhere(at: int, above: float) -> None:
+    """Before or after the classes that the first block is summed relative to, and far above them or hardly."""
+    rng = np.random.default_rng(0)
+    z = rng.standard_normal((2, 12_291), np.float32)
+    z[0, at] = z[0].max() + above
+    z[1, :at] = -np.inf
+    q = rng.random(z.shape, np.float32) * (z > -np.inf)
+    q /= q.sum(axis=1, keepdims=True)
+    for target in (np.array([at, 12_290]), q):
+        results = []
+        for backend in ("numba", "numpy"):
+            loss, grad, stats = swl.cross_entropy_value_and_grad(
+                z, target, reduction="none", stats=True, backend=backend
+            )
+            results.append((loss, grad, stats.row_max, stats.log_sum))
+        for got, expected in zip(*results, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-7)
+        assert (results[0][0] >= 0).all()
+
+
+def test_the_small_way_is_the_general_way_to_the_bit() -> None:
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        z = rng.standard_normal((67, 300)).astype(dtype)
+        for t in (rng.integers(0, 300, 67), np.full(67, -100), np.where(np.arange(67) % 3, 7, -100)):
+            with swl.use_backend("numba"):
+                loss, grad = swl.cross_entropy_value_and_grad(z, t)
+                expected, general, _ = swl.cross_entropy_value_and_grad(z, t, stats=True)
+                assert loss.dtype == dtype
+                assert loss.tobytes() == expected.tobytes() == swl.cross_entropy(z, t).tobytes()
+                assert grad.tobytes() == general.tobytes()
+                in_place = z.copy()
+                again, out = swl.cross_entropy_value_and_grad(in_place, t, out=in_place)
+                assert out is in_place
+                assert again.tobytes() + out.tobytes() == loss.tobytes() + grad.tobytes()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -125,6 +125,22 @@ def test_a_failed_forward_leaves_the_last_one_in_force(backend: Any) -> None:
     assert layer.x is x
 
 
+def test_a_first_layer_may_spare_dx(backend: Any) -> None:
+    r = np.random.default_rng(0)
+    x, dout = backend.array(r.normal(size=(5, 4))), backend.array(r.normal(size=(5, 3)))
+    W, b = backend.array(r.normal(size=(4, 3))), backend.array(np.zeros(3))
+    full, spared = swl.Affine(W, b), swl.Affine(W, b, needs_dx=False)
+    for layer in (full, spared):
+        layer.forward(x)
+    assert full.backward(dout) is not None
+    assert spared.backward(dout) is None
+    for name in ("dW", "db"):
+        np.testing.assert_array_equal(backend.numpy(getattr(full, name)), backend.numpy(getattr(spared, name)))
+    net = swl.Sequential(swl.Affine.init(4, 3, rng=0, needs_dx=False), swl.ReLU(), swl.Affine.init(3, 2, rng=0))
+    net.forward(x)
+    assert net.backward(backend.array(np.ones((5, 2)))) is None
+
+
 def test_init_is_he_and_the_same_on_every_backend(backend: Any) -> None:
     layer = swl.Affine.init(2000, 50, rng=1)
     W = backend.numpy(layer.W)

@@ -189,7 +189,7 @@ def _sweep_few(
     zero = rows.dtype.type(0.0)
     one, low, lam = scalar(zero, 1), scalar(zero, -np.inf), scalar(zero, z_loss)
     step = lanes(zero)
-    scale_step = 1 if row_scale.size > 1 else 0
+    per_row = 1 if row_scale.size > 1 else 0
     for start in range(0, N, step):
         count = min(step, N - start)
         few.sums(from_row(logits, start), C, count, low, room)
@@ -216,17 +216,17 @@ def _sweep_few(
                 M, S, A = rows[ROW_MAX, n], rows[LOG_SUM, n], rows[MASS, n]
                 set_item(room, EXPONENT * step + i, item(room, few.MAXIMUM * step + i) - M - S)
                 set_item(room, PULL * step + i, _pull(M, S, A, m, lam))
-                set_item(room, SCALE * step + i, row_scale[n * scale_step])
+                set_item(room, SCALE * step + i, row_scale[n * per_row])
         if flags & BACKWARD:
             few.gradients(from_row(out, start), C, count, low, room)
             for i in range(count):
                 n = first + start + i
-                hit = ids[n] - first_class
+                column = ids[n] - first_class
                 if ids[n] == IGNORED:
                     out[start + i, :] = 0
-                elif 0 <= hit < C:
+                elif 0 <= column < C:
                     m = row_weight[n] if row_weight.size else one
-                    out[start + i, hit] = few.target_gradient(room, low, i, hit, m)
+                    out[start + i, column] = few.target_gradient(room, low, i, column, m)
 
 
 @_kernel

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "swl/backends/_cpu_kernels.py"
+ROWS = "swl/backends/_cpu_rows.py"
+FEW = "swl/backends/_cpu_few_classes.py"
 SIMD = "swl/backends/_simd.py"
 
 
@@ -32,35 +34,35 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant(
         "wrong maximum: the last vector's only",
-        KERNELS,
-        "top = maximum(top, _logits(row, extras, j, None, low))",
-        "top = maximum(splat(low), _logits(row, extras, j, None, low))",
+        ROWS,
+        "top = maximum(top, logits_at(row, extras, j, None, low))",
+        "top = maximum(splat(low), logits_at(row, extras, j, None, low))",
         "test_cross_entropy.py:one_huge_logit",
     ),
     Mutant(
         "missing rescale of the running sum",
-        KERNELS,
-        "s *= _exp(M - new)",
+        ROWS,
+        "s *= exp_of(M - new)",
         "s *= scalar(zero, 1)",
         "test_cross_entropy.py:longer_than_any_block and float32 and 16385 and ids",
     ),
     Mutant(
         "missing shift of the running dot product",
-        KERNELS,
+        ROWS,
         "d += A * (M - new)",
         "d += zero",
         "test_cross_entropy.py:longer_than_any_block and float32 and 16385 and probabilities",
     ),
     Mutant(
         "tail off by one: its last class is not summed",
-        KERNELS,
+        ROWS,
         "sums = _add_up(row, extras, full, stop, low, splat(base), exps, sums)",
         "sums = _add_up(row, extras, full, stop - 1, low, splat(base), exps, sums)",
         "test_laws.py:exactly_log_c and float32",
     ),
     Mutant(
         "tail off by one: its last gradient is not written",
-        KERNELS,
+        ROWS,
         "store_tail(out, full, stop - full, g)",
         "store_tail(out, full, stop - full - 1, g)",
         "test_laws.py:exactly_log_c and float32",
@@ -88,7 +90,7 @@ MUTANTS = [
     ),
     Mutant(
         "smoothing mass spread without the class weights",
-        KERNELS,
+        ROWS,
         "y = y * _at(extras.weight, j, stop, zero)",
         "y = y * splat(scalar(zero, 1))",
         "test_laws.py:smoothing_mass",
@@ -116,7 +118,7 @@ MUTANTS = [
     ),
     Mutant(
         "softcap without its slope",
-        KERNELS,
+        ROWS,
         "g = g * (splat(scalar(low, 1)) - t * t)",
         "g = g * splat(scalar(low, 1))",
         "test_shards.py:a_bias_is_added and float32",
@@ -124,29 +126,29 @@ MUTANTS = [
     Mutant(
         "z-loss without its factor 2",
         KERNELS,
-        "pull = A + (scalar(zero, 2) * lam * m * (M + S) if lam > 0 else zero)",
-        "pull = A + (lam * m * (M + S) if lam > 0 else zero)",
+        "return A + (scalar(lam, 2) * lam * m * (M + S) if lam > 0 else scalar(lam, 0))",
+        "return A + (lam * m * (M + S) if lam > 0 else scalar(lam, 0))",
         "test_laws.py:z_loss_by_hand",
     ),
     Mutant(
         "a masked class poisons the dot product",
-        KERNELS,
+        ROWS,
         "dots = dots + zero_where_zero(y, y * u)",
         "dots = dots + y * u",
         "test_laws.py:masked_class_without_target_mass and float32-probabilities",
     ),
     Mutant(
         "a block of masked classes gives NaN",
-        KERNELS,
-        "base = M if low < M else zero  # a block of −inf only adds exp(−inf) = 0",
-        "base = M",
+        ROWS,
+        "base = zero  # −inf only adds exp(−inf) = 0",
+        "base = low",
         "test_laws.py:a_whole_block_of_masks",
     ),
     Mutant(
         "the factor of the first block for all",
-        KERNELS,
-        "k = _factor(factors[start // BLOCK], scale)",
-        "k = _factor(factors[0], scale)",
+        ROWS,
+        "k = factor_of(item(factors, start // BLOCK), scale)",
+        "k = factor_of(item(factors, 0), scale)",
         "test_cross_entropy.py:longer_than_any_block and float32 and 16385 and ids",
     ),
     Mutant(
@@ -173,9 +175,65 @@ MUTANTS = [
     Mutant(
         "entropy with the wrong sign",
         KERNELS,
-        "rows[ENTROPY, n] = S - expected",
-        "rows[ENTROPY, n] = S + expected",
-        "test_cross_entropy.py:every_integer_dtype and int64",
+        "rows[ENTROPY, n], rows[LOG_PROB, n] = S - expected, dot - mass * S if mass != 0 else zero",
+        "rows[ENTROPY, n], rows[LOG_PROB, n] = S + expected, dot - mass * S if mass != 0 else zero",
+        "test_cross_entropy.py:longer_than_any_block and float32 and 8191 and ids",
+    ),
+    Mutant(
+        "a block far above the running maximum is not summed again",
+        ROWS,
+        "if new > base + scalar(low, SLACK):",
+        "if new > base + scalar(low, 1e30):",
+        "test_cpu_kernels.py:maximum_may_stand_anywhere",
+    ),
+    Mutant(
+        "a block's sum keeps the base it was summed relative to",
+        ROWS,
+        "total *= exp_of(base - M)",
+        "total *= scalar(zero, 1)",
+        "test_cpu_kernels.py:maximum_may_stand_anywhere",
+    ),
+    Mutant(
+        "a block's dot product keeps the base it was summed relative to",
+        ROWS,
+        "dot += mass * (base - M)",
+        "dot += zero",
+        "test_cpu_kernels.py:maximum_may_stand_anywhere",
+    ),
+    Mutant(
+        "few classes: the last one is left out of the maximum and the sum",
+        FEW,
+        "z = gather(group, c, C, count, low)",
+        "z = gather(group, min(c, max(C - 2, 0)), C, count, low)",
+        "test_cpu_kernels.py:few_classes",
+    ),
+    Mutant(
+        "few classes: the last row of a vector is not written",
+        FEW,
+        "scatter(group, j, C, count, product_from(load(room, (EXPS + j) * step, low), c, least))",
+        "scatter(group, j, C, count - 1, product_from(load(room, (EXPS + j) * step, low), c, least))",
+        "test_cpu_kernels.py:few_classes",
+    ),
+    Mutant(
+        "few classes: an ignored row gets a gradient",
+        KERNELS,
+        "if ids[n] == IGNORED:",
+        "if ids[n] == IGNORED - 1:",
+        "test_cpu_kernels.py:few_classes",
+    ),
+    Mutant(
+        "few classes: dout of the first row for all",
+        KERNELS,
+        "set_item(room, SCALE * step + i, row_scale[n * per_row])",
+        "set_item(room, SCALE * step + i, row_scale[0])",
+        "test_cpu_kernels.py:few_classes",
+    ),
+    Mutant(
+        "the small way divides by all rows",
+        KERNELS,
+        "scale, flags = np.full(1, 1.0 / count if count > 0 else 0.0, logits.dtype), FORWARD | BACKWARD",
+        "scale, flags = np.full(1, 1.0 / N, logits.dtype), FORWARD | BACKWARD",
+        "test_cpu_kernels.py:small_way",
     ),
 ]
 
