@@ -397,6 +397,22 @@ def test_two_threads_agree_with_one() -> None:
         close(got[k], want)
 
 
+def test_patch_reaches_compiled_code() -> None:
+    layer, x, t = torch.nn.Linear(6, 5), torch.randn(4, 6), torch.tensor([0, 4, 2, 1])
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(layer(x), t)
+
+    want = loss(x)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    close(compiled(x), want)
+    with swl.torch.patch() as report:
+        close(compiled(x), want)
+        assert report.covered == 1
+    close(compiled(x), want)
+    assert report.covered == 1
+
+
 def test_patch_routes_and_undoes() -> None:
     original = F.cross_entropy
     x, t = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])

@@ -118,6 +118,9 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
         y = np.matmul(acc(a[rows]), acc(b[:, columns]))
         if bias is not None:
             y += bias[columns]
+        if add and y.dtype == here.dtype:
+            here += y
+            return
         if add:
             y += here
         here[...] = y
