@@ -36,7 +36,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "PAUSE", 0)
+    monkeypatch.setattr(timing, "LONGEST_PAUSE", 0)
     monkeypatch.setattr(timing, "REPEAT", 2)
     monkeypatch.delitem(_REGISTRY, "cupy-emulated", raising=False)  # of these tests, and no contender
 

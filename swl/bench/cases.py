@@ -93,7 +93,7 @@ def loss(N: int, C: int, dtype: str, grad: bool, every: bool) -> Built:
         peers.numpy_losses(z, t, grad=grad) if dtype in ("float32", "float64") else {},
     )
     if grad:
-        share = N // POOL.threads  # in large pieces, which the C library copies past the caches
+        share = max(1, N // POOL.threads)  # in large pieces, which the C library copies past the caches
         calls = {"copy": Contender(lambda: POOL.run(lambda a, b: np.copyto(copied[a:b], z[a:b]), N, share)), **calls}
     value, gradient = peers.numpy_loss(z, t)
     return calls, (value, gradient) if grad else (value,), TOLERANCE[dtype]

@@ -15,8 +15,8 @@ __all__ = ["Call", "Case", "Contender", "measure"]
 
 Call = Callable[[], Any]
 
-PAUSE = 0.05
-"""Seconds between blocks, after which the threads of the last contender sleep."""
+PAUSE, LONGEST_PAUSE = 0.05, 0.4
+"""Seconds between blocks: until the threads of the last contender sleep. Those of NumPy's OpenBLAS spin for 0.13 s."""
 PER_BLOCK = 4
 """Measured calls of a block, after one that does not count."""
 SHORT, REPEAT = 1e-3, 200
@@ -99,7 +99,7 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
 def block(contender: Contender) -> list[float]:
     """Measure one contender: a pause, a call that does not count, some that do."""
     call, before, enter = contender
-    time.sleep(PAUSE)
+    settle()
     if enter is not None:
         enter()
     once = timed(call, before)
@@ -110,6 +110,16 @@ def block(contender: Contender) -> list[float]:
     if once > SHORT:
         return [timed(call, None) for _ in range(PER_BLOCK)]
     return [timed(call, None, REPEAT) for _ in range(PER_BLOCK)]
+
+
+def settle() -> None:
+    """Wait until no thread of this process spins any more."""
+    end = time.perf_counter() + LONGEST_PAUSE
+    busy = PAUSE
+    while busy > PAUSE / 5 and time.perf_counter() < end:
+        begin = time.process_time()
+        time.sleep(PAUSE)
+        busy = time.process_time() - begin
 
 
 def timed(call: Call, before: Call | None, repeat: int = 1) -> float:
