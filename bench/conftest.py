@@ -55,8 +55,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Leave out what names the machine's owner."""
-    output_json["machine_info"].pop("node", None)
-    output_json["commit_info"].pop("author_time", None)
+    """Leave out what names the computer, and what a comparison does not need."""
+    for name in ("node", "release"):
+        output_json["machine_info"].pop(name, None)
     for benchmark in output_json["benchmarks"]:
-        benchmark["options"].pop("timer", None)
+        benchmark["stats"].pop("data", None)
+        benchmark["options"] = {}
