@@ -53,7 +53,7 @@ def warmup(
 
     Notes
     -----
-    Without kernels on disk the Numba backend takes about 10 s for float32 and as long again for float64; with them, less than
+    Without kernels on disk the Numba backend takes about 15 s for float32 and as long again for float64; with them, about
     a second.
 
     Examples
