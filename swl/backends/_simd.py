@@ -649,7 +649,7 @@ def exp_parts(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def exp_unit(typingctx: Any, like: Any) -> Any:
-    """Give the power of two that brings `exp_scaled` back to e^x, as a scalar of the type of `like`."""
+    """Give the power of two that brings `exp_parts` back to e^x, as a scalar of the type of `like`."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return context.get_constant(like, 2.0 ** -_EXP[like.bitwidth]["bias"])
