@@ -27,6 +27,17 @@ def test_ids_of_any_integer_dtype_become_int64(backend: Any, dtype: Any) -> None
     np.testing.assert_array_equal(ids, [3, 0, IGNORED, 1])
 
 
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_numbers_beyond_int64(name: str) -> None:
+    z, ids, largest = np.zeros((2, 4), np.float32), np.array([1, 2**64 - 1], np.uint64), 2**63 - 1
+    with swl.use_backend(name):
+        assert float(swl.cross_entropy(z, ids, ignore_index=2**64 - 1, reduction="sum")) == pytest.approx(np.log(4))
+        with pytest.raises(ValueError, match=rf"target\[1\] is {2**64 - 1}; .*ignore_index={largest}"):
+            swl.cross_entropy(z, ids, ignore_index=largest)
+        for ignore_index in (-(2**70), 2**63, 2**70):
+            assert float(swl.cross_entropy(z, np.array([1, 2]), ignore_index=ignore_index)) == pytest.approx(np.log(4))
+
+
 @pytest.mark.parametrize("layout", ["strided", "backwards", "broadcast"])
 def test_ids_of_any_layout(backend: Any, layout: str) -> None:
     ids = backend.array(np.array([1, 9, 3, 9, 0]))

@@ -301,6 +301,19 @@ def test_no_copy_of_the_logits() -> None:
 # ------------------------------------------------------------------------------------------------ bad input
 
 
+def test_views_that_numpy_does_not_know() -> None:
+    z, t = torch.randn(3, 5), torch.tensor([0, 1, 4])
+    assert swl.torch.cross_entropy(z, torch._neg_view(-t)) == swl.torch.cross_entropy(z, t)
+    with pytest.raises(TypeError, match=r"input must be float16.*got torch.complex64"):
+        swl.torch.cross_entropy(torch.complex(z, z).conj(), t)
+
+
+def test_an_ignore_index_that_no_id_can_be() -> None:
+    z, t = torch.randn(3, 5), torch.tensor([0, 1, 4])
+    for ignore_index in (-(2**70), 2**70):
+        assert swl.torch.cross_entropy(z, t, ignore_index=ignore_index) == swl.torch.cross_entropy(z, t)
+
+
 def test_bad_input() -> None:
     x, t = torch.randn(3, 5), torch.tensor([0, 1, 7])
     ce, W = swl.torch.cross_entropy, torch.randn(5, 5)

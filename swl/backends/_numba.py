@@ -30,6 +30,9 @@ STREAM, LONG = 24 << 20, 1000
 STAGED = 1 << 17
 """Numbers that are brought to the kernels' form at a time."""
 
+_BEYOND = 1 << 63
+"""The first number that is too large for int64, in which the kernels look at class ids."""
+
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 _NONE = {dtype: np.empty(0, dtype) for dtype in (_F32, _F64)}
 _NO_IDS = np.empty(0, np.int64)
@@ -105,10 +108,10 @@ class NumbaBackend(NumpyBackend):
                 np.add.reduce(dout, axis=0, out=db)
 
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
+        if not -_BEYOND <= ignore_index < _BEYOND or (ids.dtype == np.uint64 and (ids >= _BEYOND).any()):
+            return super().prepare_ids(ids, n_classes, ignore_index, weight)
         clean = np.empty(ids.size, np.int64)
         m = np.empty(0 if weight is None else ids.size, _F32 if weight is None else weight.dtype)
-        if ids.dtype == np.uint64:
-            ids = np.minimum(ids, np.uint64(2**63 - 1))
         w = _vector(weight, m.dtype)
         if not (ids.dtype.isnative and ids.flags.aligned and ids.flags.c_contiguous):
             ids = np.array(ids, ids.dtype.newbyteorder("="), order="C")
@@ -190,6 +193,8 @@ class NumbaBackend(NumpyBackend):
         if not (
             ids.dtype == np.int64 and ids.flags.carray and logits.flags.carray
         ):  # else they would compile once more
+            return None
+        if not -_BEYOND <= ignore_index < _BEYOND:
             return None
         if out is not None:
             if out.dtype != acc or out.shape != logits.shape or not out.flags.carray:

@@ -41,6 +41,9 @@ _INTEGERS = frozenset(
 ACC: dict[Any, Any] = {torch.float64: F64, torch.float32: F32, torch.float16: F32, torch.bfloat16: F32}
 """The dtype of the arithmetic."""
 
+_AS_IT_IS = (torch.float32, torch.float64)
+"""The dtypes that need no conversion."""
+
 PER_SAMPLE = 256
 """Positions of a sample from which a class dimension that is not the innermost is read in place, a sample at a time;
 below, one copy with the classes innermost is cheaper than so many small sweeps."""
@@ -228,6 +231,8 @@ def at_once(input: Tensor, target: Tensor, ignore_index: int, gradient: bool) ->
     Nothing was checked before: whatever is unusual is left to the general way, which also tells what is wrong.
     """
     if not (input.is_cpu and target.is_cpu) or input.numel() > SMALL or target.dtype is not torch.int64:
+        return None
+    if input.dtype not in _AS_IT_IS or target.is_neg():
         return None
     here = bridge(input)
     logits = here.array(input)
