@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 import warnings
 import weakref
@@ -202,6 +203,30 @@ def test_threads_never_share_a_block() -> None:
         thread.join()
     assert not failures
     assert pool.use().in_use == 0
+
+
+def test_work_that_failed_lets_go_of_its_arrays_too() -> None:
+    """By reference counts alone: a circle of error, traceback and job would hold them until garbage is collected."""
+    pool = Pool()
+    pool.threads = 2
+    x = np.ones(16)
+    alive = weakref.ref(x)
+
+    def work(begin: int, end: int, x: Any = x) -> None:
+        raise KeyError(begin)
+
+    gc.disable()
+    try:
+        with pytest.raises(KeyError) as caught:
+            pool.run(work, 16)
+        del x, work, caught
+        deadline = time.monotonic() + 10
+        while alive() is not None and time.monotonic() < deadline:  # the other thread may be about to leave the job
+            time.sleep(0.001)
+        assert alive() is None
+    finally:
+        gc.enable()
+        pool.resize(1)
 
 
 def test_threads_that_come_late_keep_nothing_alive() -> None:

@@ -98,8 +98,12 @@ class Pool:
         job.run()
         job.done.acquire()
         job.work = None  # a thread that comes late finds the job in the queue, and must not find its arrays alive
-        if job.error is not None:
-            raise job.error
+        error, job.error = job.error, None  # its traceback leads to the job: a circle, and the arrays in it
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
 
     def _started(self) -> SimpleQueue[_Job | None]:
         with self._starting:
