@@ -206,7 +206,7 @@ class SmallPass:
     """What `at_once` has computed, in the place of a `Pass`, which is made only for what was not computed."""
 
     def __init__(self, logits: Any, target: Any, options: Options, loss: Any, gradient: Any = None) -> None:
-        self._arguments = logits, target, options._replace(backend=active())
+        self._arguments = logits, target.copy(), options._replace(backend=active())
         self.loss, self._gradient = loss, gradient
         self._pass: Pass | None = None
 

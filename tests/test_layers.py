@@ -292,6 +292,16 @@ def test_the_probabilities_of_masks_and_nan(backend: Any) -> None:
     np.testing.assert_allclose(backend.numpy(layer.y), [[0.5, 0, 0.5], nan, nan, [0.5, 0.5, 0]])
 
 
+def test_a_target_may_be_overwritten_after_forward(backend: Any) -> None:
+    x, t = backend.array(np.eye(4, 3)), backend.array(np.array([0, 1, 2, 1]), writeable=True)
+    layer = swl.SoftmaxWithLoss()
+    layer.forward(x, t)
+    first = backend.numpy(layer.backward())
+    t[...] = 0
+    np.testing.assert_array_equal(backend.numpy(layer.backward()), first)
+    np.testing.assert_array_equal(backend.numpy(layer.backward(2)), 2 * first)
+
+
 @pytest.mark.parametrize("t", [1, np.int8(1), np.array(1), np.array([0.0, 1, 0, 0]), [0, 1, 0, 0]], ids=repr)
 def test_one_row(backend: Any, t: Any) -> None:
     z = rng().normal(size=K)

@@ -186,6 +186,17 @@ def test_gradients_do_not_share_memory_with_what_autograd_keeps() -> None:
     close(x.grad, want)
 
 
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), -2.0])
+@pytest.mark.parametrize("C", [7, 5000])
+def test_ignored_rows_have_no_gradient_whatever_comes_after(factor: float, C: int) -> None:
+    x, t = torch.randn(70, C, requires_grad=True), torch.full((70,), 3)
+    t[10:] = -100
+    (swl.torch.cross_entropy(x, t) * factor).backward()
+    assert not x.grad[10:].any()
+    want = torch.autograd.grad(F.cross_entropy(x, t) * factor, x)[0]
+    assert torch.equal(torch.isfinite(x.grad[:10]), torch.isfinite(want[:10]))
+
+
 def test_no_gradient_work_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     x, t = torch.randn(4, 7, requires_grad=True), torch.tensor([1, 2, 3, 0])
     want = swl.torch.cross_entropy(x, t).detach()

@@ -8,6 +8,8 @@ a gradient of a mean underflows before a loss scale reaches it, backward is alwa
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import torch
@@ -109,8 +111,7 @@ def cross_entropy(
         small = at_once(input, target, ignore_index, tracked)
         if small is not None:
             if tracked:
-                options = NO_TENSORS, Settings("mean", ignore_index), False
-                return _CrossEntropy.apply(input, target, options, input.dtype, small)
+                return _apply(input, target, _without_options(ignore_index), input.dtype, small)
             return torch.scalar_tensor(small[0], dtype=input.dtype)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
@@ -126,6 +127,11 @@ def cross_entropy(
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         return _CrossEntropy.apply(input, target, (given, setting, probabilities), dtype)
     return forward(input, target, given, setting, probabilities, dtype)
+
+
+@functools.cache
+def _without_options(ignore_index: int) -> tuple[Tensors, Settings, bool]:
+    return NO_TENSORS, Settings("mean", ignore_index), False
 
 
 def forward(
@@ -168,10 +174,12 @@ class _CrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_twice(ctx, grad_output), None, None, None
         (d_input, ctx.gradient), d_target = (ctx.gradient, None), None
+        if d_input is not None and not math.isfinite(scale := grad_output.item()):
+            d_input = None  # a row that is ignored gets 0 all the same
         if d_input is not None:
-            if grad_output.item() != 1.0:
+            if scale != 1.0:
                 d_input.mul_(grad_output)
-            if not ctx.needs_input_grad[1]:
+            if ctx.loss is None or not ctx.needs_input_grad[1]:
                 return d_input, None, None, None, None
         if ctx.loss is None:  # of a small problem, whose gradient has been handed over
             input, target = ctx.saved_tensors
@@ -184,6 +192,10 @@ class _CrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 d_target = _target_gradient(ctx, grad_output)
         return d_input, d_target, None, None, None
+
+
+_apply = super(torch.autograd.Function, _CrossEntropy).apply
+"""What ``_CrossEntropy.apply`` calls when it has seen that no transform is active, as `route` has."""
 
 
 def _target_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
