@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Thread, get_native_id
 
 __all__ = ["POOL", "set_num_threads"]
 
@@ -52,10 +54,14 @@ class _Job:
                 self.done.release()
 
 
-def _serve(jobs: SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job.run()
-        del job  # and with it what the work refers to
+def _find_current_processor() -> Callable[[], int] | None:
+    """Give what tells on which processor the calling thread runs, where threads can be kept off it; else None."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    return getattr(ctypes.PyDLL(None), "sched_getcpu", None)
+
+
+_current_processor = _find_current_processor()
 
 
 class Pool:
@@ -68,17 +74,19 @@ class Pool:
         self.threads = _available()
         self._jobs: SimpleQueue[_Job | None] | None = None
         self._starting = Lock()
+        self._workers: list[int] = []  # as the operating system knows them
+        self._kept_off: int | None = None
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)  # the workers stayed with the parent
 
     def _forget(self) -> None:
-        self._jobs, self._starting = None, Lock()
+        self._jobs, self._starting, self._workers = None, Lock(), []
 
     def resize(self, threads: int) -> None:
         """Use this many threads from now on."""
         with self._starting:
             jobs, workers = self._jobs, self.threads - 1
-            self._jobs, self.threads = None, threads
+            self._jobs, self._workers, self.threads = None, [], threads
         if jobs is not None:
             for _ in range(workers):
                 jobs.put(None)
@@ -93,6 +101,7 @@ class Pool:
         edges = [n * k // parts for k in range(parts + 1)]
         job = _Job(work, deque(itertools.pairwise(edges)))
         jobs = self._jobs or self._started()
+        self._keep_off()
         for _ in range(min(threads, parts) - 1):
             jobs.put(job)
         job.run()
@@ -105,12 +114,37 @@ class Pool:
             finally:
                 del error
 
+    def _keep_off(self) -> None:
+        """Bar the workers from the caller's processor.
+
+        A scheduler may wake a thread where its waker runs, though another processor is idle, and leave it there for
+        milliseconds: the two then take turns (docs/performance.md).
+        """
+        if _current_processor is None:
+            return
+        here = _current_processor()
+        if here == self._kept_off:
+            return
+        self._kept_off = here
+        others = os.sched_getaffinity(0) - {here}
+        for worker in self._workers if others else ():
+            with suppress(OSError):  # the thread has ended, or may not be moved
+                os.sched_setaffinity(worker, others)
+
+    def _serve(self, jobs: SimpleQueue[_Job | None], workers: list[int]) -> None:
+        workers.append(get_native_id())
+        self._kept_off = None
+        while (job := jobs.get()) is not None:
+            job.run()
+            del job  # and with it what the work refers to
+
     def _started(self) -> SimpleQueue[_Job | None]:
         with self._starting:
             if self._jobs is None:
                 self._jobs = SimpleQueue()
                 for i in range(self.threads - 1):
-                    Thread(target=_serve, args=(self._jobs,), name=f"swl-{i + 1}", daemon=True).start()
+                    arguments = self._jobs, self._workers
+                    Thread(target=self._serve, args=arguments, name=f"swl-{i + 1}", daemon=True).start()
             return self._jobs
 
 
