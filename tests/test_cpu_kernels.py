@@ -81,6 +81,25 @@ def test_resizing_while_others_compute_loses_nothing(one_thread: list[bytes]) ->
         assert all(got.result() == one_thread for got in going)
 
 
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="this system has one processor, or does not say where a thread may run",
+)
+def test_threads_keep_off_the_processor_of_whoever_calls(one_thread: list[bytes]) -> None:
+    swl.set_num_threads(2)
+    while not POOL._workers:  # the thread says where it may run once it runs
+        results()
+    ((worker, processors),) = POOL._workers
+    before = os.sched_getaffinity(0)
+    try:
+        for here in sorted(before)[:2]:
+            os.sched_setaffinity(0, {here})  # a caller of one processor leaves the others to the threads
+            assert results() == one_thread
+            assert os.sched_getaffinity(worker) == processors - {here}
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def test_an_error_of_any_thread_reaches_the_caller(one_thread: list[bytes]) -> None:
     swl.set_num_threads(2)
     done = []

@@ -253,8 +253,9 @@ def sweep(
     )  # fmt: skip
 
 
-@njit(error_model="numpy")
-def _clean(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean: Any, row_weight: Any) -> Any:
+@_kernel
+def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean: Any, row_weight: Any) -> Any:
+    """Write the ids as `Target.ids`, and m; return the first bad row or −1, and Σ m."""
     total = 0.0
     for n in range(ids.size):
         t = np.int64(ids[n])
@@ -273,13 +274,7 @@ def _clean(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean: Any,
 
 
 @_kernel
-def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean: Any, row_weight: Any) -> Any:
-    """Write the ids as `Target.ids`, and m; return the first bad row or −1, and Σ m."""
-    return _clean(ids, n_classes, ignore_index, weight, clean, row_weight)
-
-
-@njit(**INNER)
-def _total(x: Any) -> float:
+def total(x: Any) -> float:
     """Sum in float64, in an order that never changes."""
     a, b, c, d = 0.0, 0.0, 0.0, 0.0
     full = x.size - x.size % 4
@@ -291,18 +286,12 @@ def _total(x: Any) -> float:
 
 
 @_kernel
-def total(x: Any) -> float:
-    """Sum a vector in float64."""
-    return _total(x)
-
-
-@_kernel
 def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any) -> Any:
     """Return Σ loss and Σ m, or −1 for a bad id; write the gradient of the mean unless `out` has no rows."""
     N, C = logits.shape
     rows, clean, argmax = np.empty((5, N), logits.dtype), np.empty(N, np.int64), np.empty(0, np.int64)
     none, no_probs = np.empty(0, logits.dtype), read_only(np.empty((1, 0), logits.dtype))
-    bad, count = _clean(ids, C, ignore_index, none, clean, none)
+    bad, count = prepare_ids(ids, C, ignore_index, none, clean, none)
     if bad >= 0:
         return 0.0, -1.0
     scale, flags = none, FORWARD
@@ -311,7 +300,7 @@ def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any) -> Any:
     sweep(
         read_only(logits), out, 0, clean, no_probs, none, none, none, scale, rows, argmax, 1.0, 0.0, 0.0, 0.0, 0, flags
     )
-    return _total(rows[LOSS]), count
+    return total(rows[LOSS]), count
 
 
 @_kernel

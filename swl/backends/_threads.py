@@ -74,7 +74,7 @@ class Pool:
         self.threads = _available()
         self._jobs: SimpleQueue[_Job | None] | None = None
         self._starting = Lock()
-        self._workers: list[int] = []  # as the operating system knows them
+        self._workers: list[tuple[int, set[int]]] = []  # their names to the system, and where they may run
         self._kept_off: int | None = None
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)  # the workers stayed with the parent
@@ -126,14 +126,15 @@ class Pool:
         if here == self._kept_off:
             return
         self._kept_off = here
-        others = os.sched_getaffinity(0) - {here}
-        for worker in self._workers if others else ():
-            with suppress(OSError):  # the thread has ended, or may not be moved
-                os.sched_setaffinity(worker, others)
+        for worker, processors in self._workers:
+            if others := processors - {here}:
+                with suppress(OSError):  # the thread has ended, or may not be moved
+                    os.sched_setaffinity(worker, others)
 
-    def _serve(self, jobs: SimpleQueue[_Job | None], workers: list[int]) -> None:
-        workers.append(get_native_id())
-        self._kept_off = None
+    def _serve(self, jobs: SimpleQueue[_Job | None], workers: list[tuple[int, set[int]]]) -> None:
+        if _current_processor is not None:
+            workers.append((get_native_id(), os.sched_getaffinity(0)))
+            self._kept_off = None
         while (job := jobs.get()) is not None:
             job.run()
             del job  # and with it what the work refers to
