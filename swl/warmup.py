@@ -19,6 +19,8 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 CLASSES = 1024
 ROWS = (4, 128)
 """A few rows, which one thread does alone, and enough to start the others."""
+LARGE = (512, 32), (32, 6000)
+"""Shapes of inputs and weights whose product is large enough for a kernel of its own."""
 
 
 def warmup(
@@ -103,6 +105,8 @@ def _jobs(dtype: np.dtype[Any], ids: list[np.dtype[Any]]) -> Iterator[Callable[[
     """Give the calls for one dtype."""
     rng = np.random.default_rng(0)
     W = swl.asarray(rng.random((16, CLASSES)).astype(dtype))
+    wide = (swl.asarray(rng.random(shape).astype(dtype)) for shape in LARGE)
+    yield partial(swl.affine, *wide)
     w = swl.asarray(np.ones(CLASSES), dtype)
     for n in ROWS:
         z, q = (swl.asarray(rng.random((n, CLASSES)).astype(dtype)) for _ in range(2))

@@ -51,6 +51,7 @@ for batch, C in ((100, 10), (300, 1009)):  # one thread, and all
             z = rng.standard_normal((batch, C)).astype(dtype)
             swl.cross_entropy(z, t, stats=True, **options)
             swl.cross_entropy_value_and_grad(z, t, out=z, reduction="sum", dout=0.5, **options)
+swl.affine(np.zeros((700, 64), dtype), np.zeros((64, 5000), dtype))
 print(before, warm, kernels())
 """
 

@@ -7,11 +7,11 @@ from typing import Any
 import numba
 import numpy as np
 
-from swl.backends import Backend, Rows
+from swl.backends import Backend, Rows, _gemm
 from swl.backends import _cpu_kernels as kernels
-from swl.backends._blas import product
 from swl.backends._memory import MEMORY
 from swl.backends._numpy import NumpyBackend, raise_bad_id
+from swl.backends._products import product
 from swl.backends._threads import POOL
 from swl.targets import Target
 
@@ -208,4 +208,5 @@ class NumbaBackend(NumpyBackend):
         return kernels.total(_vector(x, x.dtype))
 
     def info(self) -> dict[str, str]:
-        return {"numba": numba.__version__, "threads": str(POOL.threads)}
+        large = "compiled" if _gemm.USABLE else "by BLAS, for want of AVX-512"
+        return {"numba": numba.__version__, "threads": str(POOL.threads), "large products": large}

@@ -1,0 +1,202 @@
+"""Matrix products on one thread, compiled: nearer to the processor's limit than OpenBLAS, and they add to what is there.
+
+Both operands are copied, a part at a time, to panels that the tile of the result reads one after another
+(`swl.backends._gemm_tile`). A part of `a` stays in the second cache, a panel of `b` in the first, and both are used up before the
+next ones::
+
+    for each DEEP of the inner axis:
+        for each block of rows:     pack a's part, ROWS a panel
+            for each panel of b:    pack it, a tile's columns
+                for each panel of a:    tile of out (+)= panelᵀ·panel
+
+While a tile is computed, a few lines of what is to be packed next are fetched. A number of the result is one sum over each DEEP, in
+order, and the sum of these, wherever its tile lies: the bits do not depend on how the result is cut.
+"""
+
+# mypy: ignore-errors
+# Numba compiles and types most of this file itself: the values are addresses that Python's types know nothing of.
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from numba import config, njit
+
+from swl.backends import _gemm_tile
+from swl.backends._cache import kept
+from swl.backends._gemm_tile import (
+    AHEAD,
+    LINE,
+    ROWS,
+    SQUARE,
+    UNROLL,
+    VECTORS,
+    address_of,
+    copy,
+    get,
+    multiply_tile,
+    put,
+    size_of,
+    transpose,
+)
+
+__all__ = ["USABLE", "gemm"]
+
+DEEP = 256
+"""Steps along the inner axis that are packed at a time."""
+BLOCK = 1 << 20
+"""Bytes of a packed part of `a`: half of a second cache."""
+
+
+def _usable() -> bool:
+    if config.CPU_NAME is not None or config.CPU_FEATURES is not None:  # Numba compiles for another processor
+        return False
+    try:
+        return bool(llvm.get_host_cpu_features().get("avx512f"))
+    except RuntimeError:  # LLVM does not know this kind of processor
+        return False
+
+
+USABLE = _usable()
+"""Whether this processor has the registers that the tile is made for. Elsewhere the kernel is right, but BLAS is faster."""
+
+_SOURCES = hashlib.blake2b(
+    Path(_gemm_tile.__file__).read_bytes() + Path(__file__).read_bytes(), digest_size=6
+).hexdigest()
+
+
+@njit(error_model="numpy", nogil=True)
+def _pack(zero, source, across, along, n, k, width, panels):
+    """Copy n lines of k numbers to panels [line // width][along][line % width], 0 where there is nothing.
+
+    Neighbours in a line are `along` bytes apart, those of two lines `across`; k is filled up to a multiple of UNROLL.
+    """
+    size = size_of(zero)
+    deep = (k + UNROLL - 1) // UNROLL * UNROLL
+    panel = deep * width * size
+    full = n // width
+    if across == size:
+        for j in range(k):
+            s, p = source + j * along, panels + j * width * size
+            for _ in range(full):
+                for i in range(0, width, SQUARE):
+                    copy(zero, s + i * size, p + i * size)
+                s += width * size
+                p += panel
+    elif along == size:
+        squares = k // SQUARE * SQUARE
+        for f in range(full):
+            for i in range(0, width, SQUARE):
+                s, p = source + (f * width + i) * across, panels + f * panel + i * size
+                for j in range(0, squares, SQUARE):
+                    transpose(zero, s + j * size, across, p + j * width * size, width * size)
+                for j in range(squares, k):
+                    for r in range(SQUARE):
+                        put(p + (j * width + r) * size, get(zero, s + r * across + j * size))
+    else:
+        for line in range(full * width):
+            p = panels + line // width * panel + line % width * size
+            for j in range(k):
+                put(p + j * width * size, get(zero, source + line * across + j * along))
+    if full * width < n:
+        for i in range(width):
+            line = full * width + i
+            for j in range(k):
+                number = get(zero, source + line * across + j * along) if line < n else zero
+                put(panels + full * panel + (j * width + i) * size, number)
+    for f in range((n + width - 1) // width):
+        for i in range(k * width, deep * width):
+            put(panels + f * panel + i * size, zero)
+
+
+def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n, k, add):
+    """``out = a·b`` or ``out += a·b``; addresses and steps in bytes, those along the columns of `out` being its numbers' size."""
+    zero = room.dtype.type(0)
+    size = size_of(zero)
+    width = VECTORS * LINE // size
+    block = BLOCK // (DEEP * size)
+    left = (address_of(room) + LINE - 1) // LINE * LINE
+    right = left + BLOCK
+    edge = right + DEEP * VECTORS * LINE  # a tile of which only a part lies within the result
+    for k0 in range(0, k, DEEP):
+        deep = min(DEEP, k - k0)
+        steps = (deep + UNROLL - 1) // UNROLL * UNROLL
+        adds = add or k0 > 0
+        for m0 in range(0, m, block):
+            rows = min(block, m - m0)
+            _pack(zero, a + m0 * a_rows + k0 * a_columns, a_rows, a_columns, rows, deep, ROWS, left)
+            # what is packed next of a: as rows of memory, and bytes of each
+            m1, k1 = (m0 + block, k0) if m0 + block < m else (0, k0 + DEEP)
+            next_a = a + m1 * a_rows + k1 * a_columns
+            lines_a, length_a, step_a, i_a, j_a = 0, 0, a_rows, 0, 0
+            if k1 < k:
+                lines_a, length_a = min(block, m - m1), min(DEEP, k - k1) * size
+                if a_columns != size:
+                    lines_a, length_a, step_a = length_a // size, lines_a * size, a_columns
+            for n0 in range(0, n, width):
+                columns = min(width, n - n0)
+                here = b + k0 * b_rows + n0 * b_columns
+                _pack(zero, here, b_columns, b_rows, columns, deep, width, right)
+                next_b = here + width * b_columns
+                lines_b, length_b, step_b, i_b, j_b = 0, 0, b_rows, 0, 0
+                if n0 + width < n:
+                    lines_b, length_b = deep, min(width, n - n0 - width) * size
+                    if b_columns != size:
+                        lines_b, length_b, step_b = length_b // size, deep * size, b_columns
+                for r0 in range(0, rows, ROWS):
+                    ahead, ahead_step = left, 0
+                    if j_b < length_b:
+                        ahead, ahead_step = next_b + i_b * step_b + j_b, step_b
+                        i_b += AHEAD[0]
+                        if i_b >= lines_b:
+                            i_b, j_b = 0, j_b + AHEAD[1] * LINE
+                    elif j_a < length_a:
+                        ahead, ahead_step = next_a + i_a * step_a + j_a, step_a
+                        i_a += AHEAD[0]
+                        if i_a >= lines_a:
+                            i_a, j_a = 0, j_a + AHEAD[1] * LINE
+                    place, step = out + (m0 + r0) * out_rows + n0 * size, out_rows
+                    whole = r0 + ROWS <= rows and columns == width
+                    to, to_step, to_add = (place, step, adds) if whole else (edge, width * size, False)
+                    multiply_tile(zero, left + r0 * steps * size, right, steps, to, to_step, to_add, ahead, ahead_step)
+                    if not whole:
+                        for i in range(min(ROWS, rows - r0)):
+                            for j in range(columns):
+                                x, p = get(zero, edge + (i * width + j) * size), place + i * step + j * size
+                                put(p, get(zero, p) + x if adds else x)
+
+
+_gemm.__qualname__ += "_" + _SOURCES  # a kernel on disk is found by its name, which so says what it was made of
+_kernel = kept(_gemm, nogil=True, error_model="numpy")
+_rooms = threading.local()
+
+
+def _room(dtype: Any) -> Any:
+    """Give this thread's memory for panels."""
+    if not hasattr(_rooms, dtype.name):
+        panels = BLOCK + DEEP * VECTORS * LINE + ROWS * VECTORS * LINE
+        setattr(_rooms, dtype.name, np.empty((panels + LINE) // dtype.itemsize, dtype))
+    return getattr(_rooms, dtype.name)
+
+
+def gemm(a: Any, b: Any, out: Any, add: bool = False) -> None:
+    """``out = a·b`` or ``out += a·b`` for arrays of any layout, all of float32 or all of float64; `out` overlaps neither."""
+    dtype = out.dtype
+    if out.strides[1] != dtype.itemsize:
+        a, b, out = b.T, a.T, out.T
+    target = out
+    if out.strides[1] != dtype.itemsize or not out.flags.aligned:
+        target, add_to, add = np.empty(out.shape, dtype), add, False
+    a, b = (x if x.flags.aligned else x.copy() for x in (a, b))
+    (m, k), n = a.shape, b.shape[1]
+    _kernel(
+        _room(dtype), a.ctypes.data, *a.strides, b.ctypes.data, *b.strides,
+        target.ctypes.data, target.strides[0], m, n, k, add,
+    )  # fmt: skip
+    if target is not out:
+        out[...] = out + target if add_to else target

@@ -1,0 +1,216 @@
+"""The innermost part of a matrix product, in LLVM: what a processor with 32 registers of 64 bytes (AVX-512) does at its full rate.
+
+A tile of the result, `ROWS` × `VECTORS` registers, stays in registers while the two panels that make it go by: at each step along
+the inner axis one column of `ROWS` numbers, each against all lanes of the other panel's row::
+
+    tile[i, :] += column[i] · row[:]            24 fused multiply-adds, which need 3 + 8 loads
+
+All memory is given by addresses and steps in bytes: operands come in any layout, and a kernel is compiled once for each dtype.
+"""
+
+# mypy: ignore-errors
+# Numba compiles and types this file itself: the values are lanes and addresses that Python's types know nothing of.
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.typing import signature
+from numba.extending import intrinsic
+
+ROWS, VECTORS = 8, 3
+"""Rows of a tile, and registers of each: 24 of 32 hold the tile."""
+UNROLL = 4
+"""Steps along the inner axis of one pass of the loop; panels are filled up to a multiple of it."""
+LINE = 64
+"""Bytes of a register, and of a cache line."""
+SQUARE = 8
+"""Rows and columns that `transpose` takes at a time."""
+AHEAD = 16, 4
+"""Rows, and lines of each, that a tile fetches for a later one. One line every 48 cycles leaves the loads of the tile their way;
+all at once cost it 5 % (docs/performance.md).
+"""
+
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+_INTO_L1, _INTO_L2 = 3, 2
+
+
+def _scalar(dtype: Any) -> ir.Type:
+    return ir.FloatType() if dtype.bitwidth == 32 else ir.DoubleType()
+
+
+def _bytes(dtype: Any) -> int:
+    return dtype.bitwidth // 8
+
+
+def _lanes(dtype: Any, lanes: int | None = None) -> ir.VectorType:
+    return ir.VectorType(_scalar(dtype), lanes or LINE // _bytes(dtype))
+
+
+def _pointer(builder: Any, address: Any, pointed: ir.Type, offset: Any = 0) -> Any:
+    offset = _I64(offset) if isinstance(offset, int) else offset
+    return builder.inttoptr(builder.add(address, offset), pointed.as_pointer())
+
+
+def _fetch(builder: Any, address: Any, where: int) -> None:
+    pointer = _pointer(builder, address, _I8)
+    fnty = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    fn = cgutils.get_or_insert_function(builder.module, fnty, "llvm.prefetch.p0")
+    builder.call(fn, [pointer, _I32(0), _I32(where), _I32(1)])
+
+
+@intrinsic
+def size_of(typingctx: Any, like: Any) -> Any:
+    """Give the bytes of a number of this type, as a constant."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _I64(_bytes(like))
+
+    return signature(types.intp, like), codegen
+
+
+@intrinsic
+def address_of(typingctx: Any, array: Any) -> Any:
+    """Give the address of an array's first number."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ptrtoint(context.make_array(array)(context, builder, args[0]).data, _I64)
+
+    return signature(types.intp, array), codegen
+
+
+@intrinsic
+def get(typingctx: Any, like: Any, address: Any) -> Any:
+    """Give the number at an address, of the type of `like`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.load(_pointer(builder, args[1], _scalar(like)), align=_bytes(like))
+
+    return signature(like, like, types.intp), codegen
+
+
+@intrinsic
+def put(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write a number to an address."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[1], _pointer(builder, args[0], _scalar(value)), align=_bytes(value))
+        return context.get_dummy_value()
+
+    return signature(types.void, types.intp, value), codegen
+
+
+@intrinsic
+def copy(typingctx: Any, like: Any, source: Any, target: Any) -> Any:
+    """Copy `SQUARE` numbers that are neighbours."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        lanes = _lanes(like, SQUARE)
+        found = builder.load(_pointer(builder, args[1], lanes), align=_bytes(like))
+        builder.store(found, _pointer(builder, args[2], lanes), align=_bytes(like))
+        return context.get_dummy_value()
+
+    return signature(types.void, like, types.intp, types.intp), codegen
+
+
+@intrinsic
+def transpose(typingctx: Any, like: Any, source: Any, step: Any, target: Any, target_step: Any) -> Any:
+    """Write `SQUARE` rows of as many numbers, `step` bytes apart, as columns: the rows of the target are `target_step` apart.
+
+    Blocks of 4, 2 and 1 are exchanged across the diagonal in turn.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, source, step, target, target_step = args
+        lanes = _lanes(like, SQUARE)
+        rows = [
+            builder.load(_pointer(builder, source, lanes, builder.mul(step, _I64(r))), align=_bytes(like))
+            for r in range(SQUARE)
+        ]
+        for block in (4, 2, 1):
+            upper = [j if not j & block else SQUARE + j - block for j in range(SQUARE)]
+            lower = [j + block if not j & block else SQUARE + j for j in range(SQUARE)]
+            for r in range(SQUARE):
+                if not r & block:
+                    pair = rows[r], rows[r + block]
+                    rows[r], rows[r + block] = (
+                        builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(_I32, SQUARE), lanes_))
+                        for lanes_ in (upper, lower)
+                    )
+        for r, row in enumerate(rows):
+            builder.store(row, _pointer(builder, target, lanes, builder.mul(target_step, _I64(r))), align=_bytes(like))
+        return context.get_dummy_value()
+
+    return signature(types.void, like, *[types.intp] * 4), codegen
+
+
+@intrinsic
+def multiply_tile(
+    typingctx: Any, like: Any, a: Any, b: Any, k: Any, out: Any, step: Any, add: Any, ahead: Any, ahead_step: Any
+) -> Any:
+    """``out = aᵀ·b`` or ``out += aᵀ·b`` for one tile.
+
+    `a` is (k, ROWS) and `b` (k, VECTORS registers), both dense, `b` at a cache line; k is a multiple of `UNROLL`, above 0; rows of
+    `out` are `step` bytes apart. Meanwhile the lines of `out` are fetched, and for a later tile those `AHEAD`, in rows
+    `ahead_step` bytes apart; an address where nothing is does no harm.
+    """
+    vector, size, lanes = _lanes(like), _bytes(like), LINE // _bytes(like)
+    cells = [(r, v) for r in range(ROWS) for v in range(VECTORS)]
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, a, b, k, out, step, add, ahead, ahead_step = args
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f{8 * size}"
+        )
+        before, loop, after = builder.block, builder.append_basic_block("steps"), builder.append_basic_block("store")
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        passes, left, right = (builder.phi(_I64) for _ in range(3))
+        tile = {cell: builder.phi(vector) for cell in cells}
+        sums = dict(tile)
+        row, line = builder.and_(passes, _I64(ROWS - 1)), builder.and_(builder.udiv(passes, _I64(ROWS)), _I64(3))
+        here = builder.add(builder.mul(row, step), builder.mul(line, _I64(LINE)))
+        _fetch(builder, builder.add(out, here), _INTO_L1)
+        row, line = builder.udiv(passes, _I64(AHEAD[1])), builder.and_(passes, _I64(AHEAD[1] - 1))
+        there = builder.add(builder.mul(row, ahead_step), builder.mul(line, _I64(LINE)))
+        _fetch(builder, builder.add(ahead, there), _INTO_L2)
+        for u in range(UNROLL):
+            registers = [
+                builder.load(_pointer(builder, right, vector, (u * VECTORS + v) * LINE), align=LINE)
+                for v in range(VECTORS)
+            ]
+            for r in range(ROWS):
+                number = builder.load(_pointer(builder, left, _scalar(like), (u * ROWS + r) * size), align=size)
+                one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, _I32(0))
+                number = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes))
+                for v in range(VECTORS):
+                    sums[r, v] = builder.call(fma, [number, registers[v], sums[r, v]])
+        for phi, first, step_ in (
+            (passes, _I64(0), 1),
+            (left, a, UNROLL * ROWS * size),
+            (right, b, UNROLL * VECTORS * LINE),
+        ):
+            phi.add_incoming(first, before)
+            phi.add_incoming(builder.add(phi, _I64(step_)), loop)
+        for cell in cells:
+            tile[cell].add_incoming(ir.Constant(vector, None), before)
+            tile[cell].add_incoming(sums[cell], loop)
+        done = builder.mul(builder.add(passes, _I64(1)), _I64(UNROLL))
+        builder.cbranch(builder.icmp_signed("<", done, k), loop, after)
+
+        builder.position_at_end(after)
+        with builder.if_else(add) as branches:
+            for adds, branch in zip((True, False), branches, strict=True):
+                with branch:
+                    for r, v in cells:
+                        pointer = _pointer(builder, builder.add(out, builder.mul(step, _I64(r))), vector, v * LINE)
+                        value = builder.fadd(builder.load(pointer, align=size), sums[r, v]) if adds else sums[r, v]
+                        builder.store(value, pointer, align=size)
+        return context.get_dummy_value()
+
+    types_ = [types.intp] * 5
+    return signature(types.void, like, *types_, types.boolean, types.intp, types.intp), codegen

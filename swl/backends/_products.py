@@ -1,0 +1,114 @@
+"""Matrix products on the threads of the pool.
+
+NumPy's OpenBLAS has threads of its own, which go on spinning for milliseconds after a product and then fight with long
+kernels that follow. So a large product is cut into tiles, the tiles are shared out to the pool, and each is multiplied on one
+thread: by the compiled kernel where the processor is of the kind it is written for, else by BLAS. The bits do not depend on the
+number of threads. A small product is left to BLAS as it is.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from swl.backends import _gemm
+from swl.backends._blas import one_thread_each
+from swl.backends._gemm import gemm
+from swl.backends._gemm_tile import LINE, ROWS, VECTORS
+from swl.backends._threads import PIECES, POOL
+
+__all__ = ["product"]
+
+TILES, NARROWEST = 16, 384
+"""Most tiles of a product by BLAS, and rows or columns of the narrowest one (docs/performance.md)."""
+LARGE, WIDE, ADDED = 500_000_000, 2_000_000, 100_000
+"""Multiply-adds, or numbers of the result, from which a product is shared out to the pool; fewer numbers where it is added to
+what is there, which BLAS's own threads would not help with (docs/performance.md).
+"""
+AREA, LEAST = 1 << 21, 32
+"""Numbers of a tile by the compiled kernel, and rows and columns from which it is used (docs/performance.md)."""
+
+LANES = VECTORS * LINE // 4
+"""Columns of the kernel's tile, of float32."""
+
+_ACC = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def acc(x: Any) -> Any:
+    """Bring an operand to the dtype that arithmetic uses."""
+    return x if x.dtype in _ACC else x.astype(np.float32)
+
+
+def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
+    """``out = a @ b``, or ``out = a @ b + bias``, or ``out += a @ b``; rounded once to the dtype of `out`.
+
+    `add` is 0 or the columns that each thread adds at a time, in memory of its own, where the sum is not taken in place.
+    """
+    m, n = out.shape
+    k = a.shape[1]
+    same = k > 0 and a.dtype == b.dtype == out.dtype and out.dtype in _ACC
+    large = m * n * k >= LARGE or m * n >= (ADDED if add else WIDE)
+    if same and not add and not large:
+        np.matmul(a, b, out=out)
+        if bias is not None:
+            out += bias
+        return
+    compiled = _gemm.USABLE and large and min(m, k) >= LEAST and _fills(m, ROWS) and _fills(n, LANES)
+    in_place = same and (compiled or not add)
+    if in_place and compiled:
+        rows, columns = _grid(m, n, max(POOL.threads, min(PIECES * POOL.threads, m * n // AREA)))
+        high, wide = ROWS, LANES
+    else:
+        high = wide = 1
+        parts = -(-n // add) if add else 1 << (min(TILES, max(1, max(m, n) // NARROWEST)).bit_length() - 1)
+        rows, columns = (1, parts) if n >= m or add else (parts, 1)  # a power of two shares out evenly
+        # a 16-bit operand that all tiles share is converted once, the other one tile by tile
+        a, b = (acc(a), b) if rows == 1 else (a, acc(b))
+
+    def tile(i: int, j: int) -> None:
+        across, down = _part(m, rows, i, high), _part(n, columns, j, wide)
+        left, right, here = acc(a[across]), acc(b[:, down]), out[across, down]
+        y = here if in_place else np.empty(here.shape, np.result_type(left, right))
+        if compiled:
+            gemm(left.astype(y.dtype, copy=False), right.astype(y.dtype, copy=False), y, add=in_place and add > 0)
+        else:
+            np.matmul(left, right, out=y)
+        if bias is not None:
+            y += bias[down]
+        if in_place:
+            return
+        if add and y.dtype == here.dtype:
+            here += y
+            return
+        if add:
+            y += here
+        here[...] = y
+
+    def tiles(begin: int, end: int) -> None:
+        for index in range(begin, end):
+            tile(*divmod(index, columns))
+
+    if not large:
+        tiles(0, rows * columns)
+        return
+    with nullcontext() if compiled else one_thread_each():
+        POOL.run(tiles, rows * columns)
+
+
+def _part(total: int, parts: int, i: int, unit: int) -> slice:
+    """Give part `i`; all but the last end at multiples of `unit`, as the kernel's tiles do."""
+    begin, end = (total * edge // parts // unit * unit for edge in (i, i + 1))
+    return slice(begin, end if i + 1 < parts else total)
+
+
+def _fills(total: int, unit: int) -> bool:
+    """Whether the kernel's tiles, which it always computes whole, reach beyond a side by little."""
+    return -total % unit <= total // 8
+
+
+def _grid(m: int, n: int, parts: int) -> tuple[int, int]:
+    """Cut a result into about as many parts, of twice as many columns as rows: the least packing (docs/performance.md)."""
+    rows = max(1, min(round((2 * parts * m / n) ** 0.5), parts, m // ROWS))
+    return rows, max(1, min(-(-parts // rows), n // LANES))
