@@ -9,7 +9,7 @@ next ones::
             for each panel of b:    pack it, a tile's columns
                 for each panel of a:    tile of out (+)= panelᵀ·panel
 
-While a tile is computed, a few lines of what is to be packed next are fetched. A number of the result is one sum over each DEEP, in
+While a tile is computed, a few lines of the next panel of `b` are fetched. A number of the result is one sum over each DEEP, in
 order, and the sum of these, wherever its tile lies: the bits do not depend on how the result is cut.
 """
 
@@ -130,36 +130,22 @@ def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n,
         for m0 in range(0, m, block):
             rows = min(block, m - m0)
             _pack(zero, a + m0 * a_rows + k0 * a_columns, a_rows, a_columns, rows, deep, ROWS, left)
-            # what is packed next of a: as rows of memory, and bytes of each
-            m1, k1 = (m0 + block, k0) if m0 + block < m else (0, k0 + DEEP)
-            next_a = a + m1 * a_rows + k1 * a_columns
-            lines_a, length_a, step_a, i_a, j_a = 0, 0, a_rows, 0, 0
-            if k1 < k:
-                lines_a, length_a = min(block, m - m1), min(DEEP, k - k1) * size
-                if a_columns != size:
-                    lines_a, length_a, step_a = length_a // size, lines_a * size, a_columns
             for n0 in range(0, n, width):
                 columns = min(width, n - n0)
                 here = b + k0 * b_rows + n0 * b_columns
                 _pack(zero, here, b_columns, b_rows, columns, deep, width, right)
-                next_b = here + width * b_columns
-                lines_b, length_b, step_b, i_b, j_b = 0, 0, b_rows, 0, 0
-                if n0 + width < n:
-                    lines_b, length_b = deep, min(width, n - n0 - width) * size
-                    if b_columns != size:
-                        lines_b, length_b, step_b = length_b // size, deep * size, b_columns
+                # the next panel of b, as lines of memory, and how far it has been fetched
+                coming = here + width * b_columns
+                lines, length, line_step, i_next, j_next = deep, min(width, n - n0 - width) * size, b_rows, 0, 0
+                if b_columns != size:
+                    lines, length, line_step = length // size, deep * size if length > 0 else 0, b_columns
                 for r0 in range(0, rows, ROWS):
                     ahead, ahead_step = left, 0
-                    if j_b < length_b:
-                        ahead, ahead_step = next_b + i_b * step_b + j_b, step_b
-                        i_b += AHEAD[0]
-                        if i_b >= lines_b:
-                            i_b, j_b = 0, j_b + AHEAD[1] * LINE
-                    elif j_a < length_a:
-                        ahead, ahead_step = next_a + i_a * step_a + j_a, step_a
-                        i_a += AHEAD[0]
-                        if i_a >= lines_a:
-                            i_a, j_a = 0, j_a + AHEAD[1] * LINE
+                    if j_next < length:
+                        ahead, ahead_step = coming + i_next * line_step + j_next, line_step
+                        i_next += AHEAD[0]
+                        if i_next >= lines:
+                            i_next, j_next = 0, j_next + AHEAD[1] * LINE
                     place, step = out + (m0 + r0) * out_rows + n0 * size, out_rows
                     whole = r0 + ROWS <= rows and columns == width
                     to, to_step, to_add = (place, step, adds) if whole else (edge, width * size, False)

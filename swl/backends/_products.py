@@ -8,6 +8,7 @@ number of threads. A small product is left to BLAS as it is.
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -58,7 +59,7 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
     compiled = _gemm.USABLE and large and min(m, k) >= LEAST and _fills(m, ROWS) and _fills(n, LANES)
     in_place = same and (compiled or not add)
     if in_place and compiled:
-        rows, columns = _grid(m, n, max(POOL.threads, min(PIECES * POOL.threads, m * n // AREA)))
+        rows, columns = _grid(m, n, POOL.threads)
         high, wide = ROWS, LANES
     else:
         high = wide = 1
@@ -108,7 +109,10 @@ def _fills(total: int, unit: int) -> bool:
     return -total % unit <= total // 8
 
 
-def _grid(m: int, n: int, parts: int) -> tuple[int, int]:
-    """Cut a result into about as many parts, of twice as many columns as rows: the least packing (docs/performance.md)."""
-    rows = max(1, min(round((2 * parts * m / n) ** 0.5), parts, m // ROWS))
-    return rows, max(1, min(-(-parts // rows), n // LANES))
+def _grid(m: int, n: int, threads: int) -> tuple[int, int]:
+    """Cut a result into as many parts for each thread, of about twice as many columns as rows: that needs the least packing."""
+    parts = threads * max(1, min(PIECES, round(m * n / (AREA * threads))))
+    rows = min(
+        (r for r in range(1, parts + 1) if parts % r == 0), key=lambda r: abs(math.log(2 * parts * m / n / r**2))
+    )
+    return max(1, min(rows, m // ROWS)), max(1, min(parts // rows, n // LANES))
