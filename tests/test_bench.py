@@ -27,6 +27,7 @@ TINY = [
     logits_case("losses", 11, 1000),  # with torch.compile
     Case("forward", "affine", (), partial(cases.affine, 5, 7, 3, False)),
     Case("backward", "affine", (), partial(cases.affine, 5, 7, 3, True)),
+    *(Case(which, "products", (), partial(cases.products, 5, 7, 3, which)) for which in ("x·W", "G·Wᵀ", "xᵀ·G")),
     Case("", "head", (), partial(cases.head, 6, 5, 11)),
     Case("", "after", (), partial(cases.after_product, 6, 5)),
     Case("", "threads", (), partial(cases.threads, 6, 5, "float32", {"softcap": 3.0}), own="all threads"),
@@ -54,7 +55,7 @@ def test_contenders_compute_the_same_and_are_all_timed(case: Case) -> None:
 
 
 def test_every_case_names_all_its_contenders() -> None:
-    assert GROUPS == ("losses", "forward", "dtypes", "small", "affine", "head", "after", "threads", "step")
+    assert GROUPS == ("losses", "forward", "dtypes", "small", "affine", "products", "head", "after", "threads", "step")
     for case in CASES.values():
         assert case.own in case.names
         assert case.floor is None or case.floor in case.names
@@ -108,7 +109,7 @@ def test_the_command_prints_a_table_and_draws(capsys: Any, tmp_path: Path, monke
     [
         (
             ["nonsense"],
-            "GROUP may be losses, forward, dtypes, small, affine, head, after, threads, step or all, got 'nonsense'",
+            "GROUP may be losses, forward, dtypes, small, affine, products, head, after, threads, step or all, got 'nonsense'",
         ),
         (["--plot", "x.xyz"], "must end in .png, .svg or .pdf"),
         (["--rounds", "0"], "must be finite and at least 1, got 0"),

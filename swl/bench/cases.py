@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import swl
+from swl.backends._products import product
 from swl.backends._threads import POOL
 from swl.bench import peers
 from swl.bench.timing import Call, Case, Contender
@@ -142,6 +143,32 @@ def affine(N: int, D: int, K: int, grad: bool) -> Built:
         (wide[3] @ wide[1].T, wide[0].T @ wide[3], wide[3].sum(axis=0)) if grad else (wide[0] @ wide[1] + wide[2],)
     )
     return contenders(calls), expected, 1e-4
+
+
+def products(N: int, D: int, C: int, which: str) -> Built:
+    """Compare one of the three products of a head, each into memory that is there."""
+    rng = np.random.default_rng(0)
+    x, W, G = (rng.standard_normal(shape, np.float32) for shape in ((N, D), (D, C), (N, C)))
+    a, b = {"x·W": (x, W), "G·Wᵀ": (G, W.T), "xᵀ·G": (x.T, G)}[which]
+    out, expected = (np.empty((a.shape[0], b.shape[1]), np.float32) for _ in range(2))
+    np.matmul(a, b, out=expected)
+
+    def of(multiply: Any) -> Call:
+        def call() -> Any:
+            multiply()
+            return (out,)
+
+        return call
+
+    calls = {"swl": of(lambda: product(a, b, out)), "numpy.matmul": of(lambda: np.matmul(a, b, out=out))}
+    try:
+        import torch
+    except ImportError:
+        pass
+    else:
+        left, right, result = (torch.from_numpy(matrix) for matrix in (a, b, out))
+        calls["torch"] = of(lambda: torch.mm(left, right, out=result))
+    return contenders(calls), (expected,), 1e-4
 
 
 def head(N: int, D: int, C: int) -> Built:
@@ -281,6 +308,7 @@ LARGE = ((512, 50257), (2048, 32000), (64, 128256), (4096, 1000), (128, 10))
 SMALL = ((1, 10), (32, 10), (100, 100), (64, 1000))
 IN_DTYPES = ((512, 50257), (4096, 1000))
 AFFINE = ((100, 784, 50), (256, 1024, 1000), (512, 768, 4096))
+PRODUCTS = ((64, 768, 50257), (256, 768, 50257), (1024, 768, 50257), (1024, 1024, 1024))
 HEADS = ((256, 2048, 1000), (1024, 768, 8192), (1024, 768, 50257))
 AFTER = ((100, 10), (256, 1000), (512, 50257))
 SCALED: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
@@ -305,6 +333,10 @@ def _cases() -> Iterator[Case]:
     for N, D, C in AFFINE:
         for what, grad in (("forward", False), ("backward", True)):
             yield Case(f"{N} × {D} × {C}, {what}", "affine", names, partial(affine, N, D, C, grad))
+    for N, D, C in PRODUCTS:
+        for which in ("x·W", "G·Wᵀ", "xᵀ·G"):
+            case = partial(products, N, D, C, which)
+            yield Case(f"{N} × {D} × {C}, {which}", "products", ("swl", "numpy.matmul", "torch"), case)
     ours = ("swl", "swl, 64 MiB", "swl, unfused", *OTHERS)
     names = ("three products", *ours, "torch", "torch, in chunks", "NumPy by hand")
     for N, D, C in HEADS:

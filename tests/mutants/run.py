@@ -21,6 +21,9 @@ KERNELS = "swl/backends/_cpu_kernels.py"
 ROWS = "swl/backends/_cpu_rows.py"
 FEW = "swl/backends/_cpu_few_classes.py"
 SIMD = "swl/backends/_simd.py"
+GEMM = "swl/backends/_gemm.py"
+TILE = "swl/backends/_gemm_tile.py"
+PRODUCTS = "swl/backends/_products.py"
 
 
 class Mutant(NamedTuple):
@@ -234,6 +237,69 @@ MUTANTS = [
         "scale, flags = np.full(1, 1.0 / count if count > 0 else 0.0, logits.dtype), FORWARD | BACKWARD",
         "scale, flags = np.full(1, 1.0 / N, logits.dtype), FORWARD | BACKWARD",
         "test_cpu_kernels.py:small_way",
+    ),
+    Mutant(
+        "product: the first part of the inner axis adds to what was there",
+        GEMM,
+        "adds = add or k0 > 0",
+        "adds = True",
+        "test_products.py:wherever_they_lie",
+    ),
+    Mutant(
+        "product: the last steps of the inner axis are left out",
+        GEMM,
+        "steps = (deep + UNROLL - 1) // UNROLL * UNROLL",
+        "steps = max(UNROLL, deep // UNROLL * UNROLL)",
+        "test_products.py:wherever_they_lie",
+    ),
+    Mutant(
+        "product: the second block of rows is written over the first",
+        GEMM,
+        "place, step = out + (m0 + r0) * out_rows + n0 * size, out_rows",
+        "place, step = out + r0 * out_rows + n0 * size, out_rows",
+        "test_products.py:more_rows_than_a_block",
+    ),
+    Mutant(
+        "product: a tile that reaches beyond the result is written whole",
+        GEMM,
+        "whole = r0 + ROWS <= rows and columns == width",
+        "whole = columns == width",
+        "test_products.py:wherever_they_lie",
+    ),
+    Mutant(
+        "product: lines beyond the matrix are read",
+        GEMM,
+        "number = get(zero, source + line * across + j * along) if line < n else zero",
+        "number = get(zero, source + line * across + j * along)",
+        "test_products.py:nothing_beside",
+    ),
+    Mutant(
+        "product: what a square leaves over is not transposed",
+        GEMM,
+        "put(p + (j * width + r) * size, get(zero, s + r * across + j * size))",
+        "put(p + (j * width + r) * size, get(zero, s + j * size))",
+        "test_products.py:wherever_they_lie",
+    ),
+    Mutant(
+        "product: a tile overwrites where it should add",
+        TILE,
+        "value = builder.fadd(builder.load(pointer, align=size), sums[r, v]) if adds else sums[r, v]",
+        "value = sums[r, v]",
+        "test_products.py:long_sums or wherever_they_lie",
+    ),
+    Mutant(
+        "product: parts share a column",
+        PRODUCTS,
+        "begin, end = (total * edge // parts // unit * unit for edge in (i, i + 1))",
+        "begin, end = total * i // parts // unit * unit, total * (i + 1) // parts // unit * unit + 1",
+        "test_products.py:all_sizes",
+    ),
+    Mutant(
+        "product: 16-bit results are not added to what is there",
+        PRODUCTS,
+        "y += here",
+        "y += 0 * here",
+        "test_products.py:all_sizes",
     ),
 ]
 
