@@ -29,6 +29,8 @@ LINE = 64
 """Bytes of a register, and of a cache line."""
 SQUARE = 8
 """Rows and columns that `transpose` takes at a time."""
+LINES = VECTORS + 1
+"""Lines of memory that a row of a tile lies in, at most."""
 AHEAD = 16, 4
 """Rows, and lines of each, that a tile fetches for a later one. One line every 48 cycles leaves the loads of the tile their way;
 all at once cost it 5 % (docs/performance.md).
@@ -165,6 +167,8 @@ def multiply_tile(
         fma = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{lanes}f{8 * size}"
         )
+        short = builder.icmp_signed("<", k, _I64(UNROLL * ROWS * LINES))  # then two lines of out a pass, else one
+        twice = builder.zext(short, _I64)
         before, loop, after = builder.block, builder.append_basic_block("steps"), builder.append_basic_block("store")
         builder.branch(loop)
 
@@ -172,9 +176,11 @@ def multiply_tile(
         passes, left, right = (builder.phi(_I64) for _ in range(3))
         tile = {cell: builder.phi(vector) for cell in cells}
         sums = dict(tile)
-        row, line = builder.and_(passes, _I64(ROWS - 1)), builder.and_(builder.udiv(passes, _I64(ROWS)), _I64(3))
-        here = builder.add(builder.mul(row, step), builder.mul(line, _I64(LINE)))
-        _fetch(builder, builder.add(out, here), _INTO_L1)
+        for other in (_I64(0), twice):
+            nth = builder.add(builder.shl(passes, twice), other)
+            row, line = builder.and_(nth, _I64(ROWS - 1)), builder.and_(builder.udiv(nth, _I64(ROWS)), _I64(LINES - 1))
+            here = builder.add(builder.mul(row, step), builder.mul(line, _I64(LINE)))
+            _fetch(builder, builder.add(out, here), _INTO_L1)
         row, line = builder.udiv(passes, _I64(AHEAD[1])), builder.and_(passes, _I64(AHEAD[1] - 1))
         there = builder.add(builder.mul(row, ahead_step), builder.mul(line, _I64(LINE)))
         _fetch(builder, builder.add(ahead, there), _INTO_L2)
