@@ -1,16 +1,15 @@
 """Matrix products on one thread, compiled: nearer to the processor's limit than OpenBLAS, and they add to what is there.
 
 Both operands are copied, a part at a time, to panels that the tile of the result reads one after another
-(`swl.backends._gemm_tile`). A part of `a` stays in the second cache, a panel of `b` in the first, and both are used up before the
-next ones::
+(`swl.backends._gemm_tile`). A part of `a` and a panel of `b` stay in the second cache, and are used up before the next ones::
 
-    for each DEEP of the inner axis:
+    for each part of the inner axis:
         for each block of rows:     pack a's part, ROWS a panel
             for each panel of b:    pack it, a tile's columns
                 for each panel of a:    tile of out (+)= panelᵀ·panel
 
-While a tile is computed, a few lines of the next panel of `b` are fetched. A number of the result is one sum over each DEEP, in
-order, and the sum of these, wherever its tile lies: the bits do not depend on how the result is cut.
+While a tile is computed, a few lines of the next panel of `b` are fetched. A number of the result is one sum over each part of the
+inner axis, in order, and the sum of these, wherever its tile lies: the bits do not depend on how the result is cut.
 """
 
 # mypy: ignore-errors
@@ -47,8 +46,8 @@ from swl.backends._gemm_tile import (
 
 __all__ = ["USABLE", "gemm"]
 
-DEEP = 256
-"""Steps along the inner axis that are packed at a time."""
+DEEP = 512
+"""Steps along the inner axis that are packed at a time, at most."""
 BLOCK = 1 << 20
 """Bytes of a packed part of `a`: half of a second cache."""
 
@@ -114,17 +113,25 @@ def _pack(zero, source, across, along, n, k, width, panels):
             put(panels + f * panel + i * size, zero)
 
 
+@njit(error_model="numpy")
+def _even(total, most, unit):
+    """Size of the parts when `total` is cut into as few of at most `most` as can be, all about the same: a multiple of `unit`."""
+    parts = max(1, (total + most - 1) // most)
+    return max(1, (total + parts * unit - 1) // (parts * unit)) * unit
+
+
 def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n, k, add):
     """``out = a·b`` or ``out += a·b``; addresses and steps in bytes, those along the columns of `out` being its numbers' size."""
     zero = room.dtype.type(0)
     size = size_of(zero)
     width = VECTORS * LINE // size
-    block = BLOCK // (DEEP * size)
     left = (address_of(room) + LINE - 1) // LINE * LINE
     right = left + BLOCK
     edge = right + DEEP * VECTORS * LINE  # a tile of which only a part lies within the result
-    for k0 in range(0, k, DEEP):
-        deep = min(DEEP, k - k0)
+    most = _even(k, DEEP, 1)
+    block = _even(m, BLOCK // (DEEP * size), ROWS)
+    for k0 in range(0, k, most):
+        deep = min(most, k - k0)
         steps = (deep + UNROLL - 1) // UNROLL * UNROLL
         adds = add or k0 > 0
         for m0 in range(0, m, block):
