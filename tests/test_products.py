@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,9 +158,7 @@ def shared_out(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Let every product be large, and be multiplied by one or the other."""
     for name in ("LARGE", "WIDE", "ADDED"):
         monkeypatch.setattr(_products, name, 0)
-    monkeypatch.setattr(_products, "LEAST", 1)
-    monkeypatch.setattr(_products, "_fills", lambda total, unit: True)
-    monkeypatch.setattr(_gemm, "USABLE", request.param == "compiled")
+    monkeypatch.setattr(_products, "_suits", lambda m, n, k: request.param == "compiled")
     before = POOL.threads
     yield request.param
     swl.set_num_threads(before)
@@ -186,8 +185,10 @@ def test_products_of_all_sizes_and_dtypes(
     )
     exact, wide = a.astype(np.float64) @ b.astype(np.float64), out.astype(np.float64)
     rounding = bound(a.astype(np.float32), b.astype(np.float32), k + 4) + 1e-6
-    for add, with_bias, expected in ((0, None, exact), (0, bias, exact + bias), (33, None, exact + wide)):
-        here = out.copy()
+    for (add, with_bias, expected), order in itertools.product(
+        ((0, None, exact), (0, bias, exact + bias), (33, None, exact + wide)), "CF"
+    ):
+        here = out.copy(order)
         product(a, b, here, with_bias, add=add)
         legal = rounding + np.finfo(out.dtype).eps * np.abs(expected)
         assert (np.abs(here - expected) <= legal).all()
@@ -229,3 +230,27 @@ def test_what_the_kernel_is_not_made_for_goes_to_blas(monkeypatch: pytest.Monkey
         out = np.empty((m, n))
         product(a, b, out)
         np.testing.assert_allclose(out[:3, :3], (a[:3] @ b[:, :3]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_large_affine_maps_as_they_are(dtype: Any, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def seen(a: Any, b: Any, out: Any, add: bool = False) -> None:
+        calls.append(out.shape)
+        gemm(a, b, out, add)
+
+    monkeypatch.setattr(_products, "gemm", seen)
+    rng = np.random.default_rng(0)
+    x, W, b, dout = (rng.standard_normal(s).astype(dtype) for s in ((601, 640), (640, 1403), (1403,), (601, 1403)))
+    W = W.T.copy().T if transposed else W
+    wide = [a.astype(np.float64) for a in (x, W, b, dout)]
+    with swl.use_backend("numba"):
+        y = swl.affine(x, W, b)
+        dx, dW, db = swl.affine_backward(dout, x, W)
+    assert (np.abs(y - (wide[0] @ wide[1] + wide[2])) <= bound(x, W, 642) + 1e-5).all()
+    assert (np.abs(dx - wide[3] @ wide[1].T) <= bound(dout, W.T, 1404)).all()
+    assert (np.abs(dW - wide[0].T @ wide[3]) <= bound(x.T, dout, 602)).all()
+    np.testing.assert_allclose(db, wide[3].sum(axis=0), rtol=1e-4, atol=1e-3)
+    assert bool(calls) == _gemm.USABLE

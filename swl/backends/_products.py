@@ -56,7 +56,11 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
         if bias is not None:
             out += bias
         return
-    compiled = _gemm.USABLE and large and min(m, k) >= LEAST and _fills(m, ROWS) and _fills(n, LANES)
+    columns_first = out.strides[0] == out.itemsize < out.strides[1]  # the gradient of weights stored as (C, D)
+    if same and large and columns_first and bias is None and _suits(n, m, k):
+        product(b.T, a.T, out.T, add=add)
+        return
+    compiled = large and _suits(m, n, k)
     in_place = same and (compiled or not add)
     if in_place and compiled:
         rows, columns = _grid(m, n, POOL.threads)
@@ -104,9 +108,9 @@ def _part(total: int, parts: int, i: int, unit: int) -> slice:
     return slice(begin, end if i + 1 < parts else total)
 
 
-def _fills(total: int, unit: int) -> bool:
-    """Whether the kernel's tiles, which it always computes whole, reach beyond a side by little."""
-    return -total % unit <= total // 8
+def _suits(m: int, n: int, k: int) -> bool:
+    """Tell whether a product is one for the kernel, whose tiles, always computed whole, reach beyond a side by little."""
+    return _gemm.USABLE and min(m, k) >= LEAST and -m % ROWS <= m // 8 and -n % LANES <= n // 8
 
 
 def _grid(m: int, n: int, threads: int) -> tuple[int, int]:
