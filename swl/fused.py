@@ -116,7 +116,7 @@ def plan(
     memory_budget : int
         Bytes of working memory, inputs and outputs not counted. It is kept from ``4·D + 1`` numbers on; a smaller one
         gets the smallest chunks. Not in it are the float32 copies of 16-bit inputs, their ``dW`` while it is added up
-        (`Plan.accumulators`), and what a product takes on the CPU, 1.1 MiB for each thread. The NumPy backend, the
+        (`Plan.accumulators`), and what each thread of the CPU keeps for products, 1.1 MiB for a dtype. The NumPy backend, the
         specification, holds several arrays of a chunk's size.
 
     Returns

@@ -53,7 +53,8 @@ BLOCK = 1 << 20
 
 
 def _usable() -> bool:
-    if config.CPU_NAME is not None or config.CPU_FEATURES is not None:  # Numba compiles for another processor
+    as_it_is = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX
+    if not as_it_is or config.DISABLE_JIT:  # Numba compiles for another processor, or not at all
         return False
     try:
         return bool(llvm.get_host_cpu_features().get("avx512f"))
@@ -133,6 +134,7 @@ def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n,
     for k0 in range(0, k, most):
         deep = min(most, k - k0)
         steps = (deep + UNROLL - 1) // UNROLL * UNROLL
+        fetched = max(1, steps // (UNROLL * AHEAD))  # lines of the next panel while a tile is computed
         adds = add or k0 > 0
         for m0 in range(0, m, block):
             rows = min(block, m - m0)
@@ -150,9 +152,9 @@ def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n,
                     ahead, ahead_step = left, 0
                     if j_next < length:
                         ahead, ahead_step = coming + i_next * line_step + j_next, line_step
-                        i_next += AHEAD[0]
+                        i_next += fetched
                         if i_next >= lines:
-                            i_next, j_next = 0, j_next + AHEAD[1] * LINE
+                            i_next, j_next = 0, j_next + AHEAD * LINE
                     place, step = out + (m0 + r0) * out_rows + n0 * size, out_rows
                     whole = r0 + ROWS <= rows and columns == width
                     to, to_step, to_add = (place, step, adds) if whole else (edge, width * size, False)
@@ -178,7 +180,11 @@ def _room(dtype: Any) -> Any:
 
 
 def gemm(a: Any, b: Any, out: Any, add: bool = False) -> None:
-    """``out = a·b`` or ``out += a·b`` for arrays of any layout, all of float32 or all of float64; `out` overlaps neither."""
+    """``out = a·b`` or ``out += a·b`` for arrays of any layout, all of float32 or all of float64.
+
+    The inner axis is not empty, and `out` overlaps neither operand. It is written in place where numbers of a row or of a column
+    are neighbours.
+    """
     dtype = out.dtype
     if out.strides[1] != dtype.itemsize:
         a, b, out = b.T, a.T, out.T
@@ -192,4 +198,4 @@ def gemm(a: Any, b: Any, out: Any, add: bool = False) -> None:
         target.ctypes.data, target.strides[0], m, n, k, add,
     )  # fmt: skip
     if target is not out:
-        out[...] = out + target if add_to else target
+        np.add(out, target, out=out) if add_to else np.copyto(out, target)

@@ -31,8 +31,8 @@ SQUARE = 8
 """Rows and columns that `transpose` takes at a time."""
 LINES = VECTORS + 1
 """Lines of memory that a row of a tile lies in, at most."""
-AHEAD = 16, 4
-"""Rows, and lines of each, that a tile fetches for a later one. One line every 48 cycles leaves the loads of the tile their way;
+AHEAD = 4
+"""Lines of each row that a tile fetches for a later one, a line a pass. One every 48 cycles leaves the loads of the tile their way;
 all at once cost it 5 % (docs/performance.md).
 """
 
@@ -156,8 +156,8 @@ def multiply_tile(
     """``out = aᵀ·b`` or ``out += aᵀ·b`` for one tile.
 
     `a` is (k, ROWS) and `b` (k, VECTORS registers), both dense, `b` at a cache line; k is a multiple of `UNROLL`, above 0; rows of
-    `out` are `step` bytes apart. Meanwhile the lines of `out` are fetched, and for a later tile those `AHEAD`, in rows
-    `ahead_step` bytes apart; an address where nothing is does no harm.
+    `out` are `step` bytes apart. Meanwhile the lines of `out` are fetched, and for a later tile `AHEAD` lines of each
+    of the rows that begin at `ahead`, `ahead_step` bytes apart; an address where nothing is does no harm.
     """
     vector, size, lanes = _lanes(like), _bytes(like), LINE // _bytes(like)
     cells = [(r, v) for r in range(ROWS) for v in range(VECTORS)]
@@ -181,7 +181,7 @@ def multiply_tile(
             row, line = builder.and_(nth, _I64(ROWS - 1)), builder.and_(builder.udiv(nth, _I64(ROWS)), _I64(LINES - 1))
             here = builder.add(builder.mul(row, step), builder.mul(line, _I64(LINE)))
             _fetch(builder, builder.add(out, here), _INTO_L1)
-        row, line = builder.udiv(passes, _I64(AHEAD[1])), builder.and_(passes, _I64(AHEAD[1] - 1))
+        row, line = builder.udiv(passes, _I64(AHEAD)), builder.and_(passes, _I64(AHEAD - 1))
         there = builder.add(builder.mul(row, ahead_step), builder.mul(line, _I64(LINE)))
         _fetch(builder, builder.add(ahead, there), _INTO_L2)
         for u in range(UNROLL):
