@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from numba import njit
@@ -38,11 +41,20 @@ class _Cache(FunctionCache):
             super().save_overload(sig, data)
 
 
-def kept(function: Callable[..., Any], **options: Any) -> Any:
-    """Compile a function at its first call for each signature, and keep the result on disk.
+@functools.cache
+def _digest(files: tuple[str, ...]) -> str:
+    return hashlib.blake2b(b"".join(Path(file).read_bytes() for file in files), digest_size=6).hexdigest()
 
-    Where there is no folder to keep anything in, each process compiles for itself.
+
+def kept(function: Callable[..., Any], *files: str) -> Any:
+    """Compile a function of these source files at its first call for each signature, and keep the result on disk.
+
+    Numba takes a kept result for fresh by the time stamp of the function's own file, which a wheel may share with the last version,
+    and knows nothing of the files that it imports. So what the sources say is part of the name. Where there is no folder to keep
+    anything in, each process compiles for itself.
     """
+    function.__qualname__ += "_" + _digest(files)
+    options = {"nogil": True, "error_model": "numpy"}
     try:
         kernel = njit(function, cache=True, **options)
     except RuntimeError:  # no folder of those that Numba tries can be written to

@@ -9,8 +9,6 @@ instructions on each row and agree to the last bit. Optional arrays that are abs
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,21 +57,10 @@ from swl.targets import IGNORED
 FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
 """What `sweep` is to do; and that the gradient goes past the caches."""
 
-_SOURCES = hashlib.blake2b(
-    b"".join(Path(module.__file__).read_bytes() for module in (_simd, _cpu_rows, _cpu_few_classes))
-    + Path(__file__).read_bytes(),
-    digest_size=6,
-).hexdigest()
-
 
 def _kernel(function: Any) -> Any:
-    """Compile at first use and keep the result on disk.
-
-    Numba takes a kept result for fresh by the time stamp of this file alone, which a wheel may share with the last version,
-    and knows nothing of the files it imports. So what the sources say is part of the name.
-    """
-    function.__qualname__ += "_" + _SOURCES
-    return kept(function, nogil=True, error_model="numpy")
+    """Compile at first use and keep the result on disk."""
+    return kept(function, __file__, _simd.__file__, _cpu_rows.__file__, _cpu_few_classes.__file__)
 
 
 @njit(**INNER)

@@ -17,9 +17,7 @@ inner axis, in order, and the sum of these, wherever its tile lies: the bits do 
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -64,10 +62,6 @@ def _usable() -> bool:
 
 USABLE = _usable()
 """Whether this processor has the registers that the tile is made for. Elsewhere the kernel is right, but BLAS is faster."""
-
-_SOURCES = hashlib.blake2b(
-    Path(_gemm_tile.__file__).read_bytes() + Path(__file__).read_bytes(), digest_size=6
-).hexdigest()
 
 
 @njit(error_model="numpy", nogil=True)
@@ -166,8 +160,7 @@ def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n,
                                 put(p, get(zero, p) + x if adds else x)
 
 
-_gemm.__qualname__ += "_" + _SOURCES  # a kernel on disk is found by its name, which so says what it was made of
-_kernel = kept(_gemm, nogil=True, error_model="numpy")
+_kernel = kept(_gemm, __file__, _gemm_tile.__file__)
 _rooms = threading.local()
 
 

@@ -16,7 +16,7 @@ def load() -> Backend:
     return NumpyBackend()
 
 
-def _acc(x: Any) -> Any:
+def acc(x: Any) -> Any:
     """Bring an array to the dtype that arithmetic uses."""
     return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
 
@@ -39,20 +39,20 @@ class NumpyBackend:
         return np.empty(shape, dtype)
 
     def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
-        y = np.matmul(_acc(x), _acc(W))
-        out[...] = y if b is None else y + _acc(b)
+        y = np.matmul(acc(x), acc(W))
+        out[...] = y if b is None else y + acc(b)
 
     def affine_backward(
         self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
     ) -> None:
-        dout = _acc(dout)
+        dout = acc(dout)
         if dx is not None:
-            dx[...] = np.matmul(dout, _acc(W).T)
+            dx[...] = np.matmul(dout, acc(W).T)
         if dW is not None:
             if not accumulate:
-                dW[...] = np.matmul(_acc(x).T, dout)
+                dW[...] = np.matmul(acc(x).T, dout)
             for c in range(0, dW.shape[1] if accumulate else 0, max(1, accumulate)):
-                dW[:, c : c + accumulate] += np.matmul(_acc(x).T, dout[:, c : c + accumulate])
+                dW[:, c : c + accumulate] += np.matmul(acc(x).T, dout[:, c : c + accumulate])
         if db is not None:
             sums = dout.sum(axis=0)
             db[...] = db + sums if accumulate else sums
@@ -154,7 +154,7 @@ def raise_bad_id(ids: Any, row: int, n_classes: int, ignore_index: int) -> None:
 
 def _final_logits(logits: Any, target: Target) -> tuple[Any, Any | None]:
     """Z = κ·tanh((r + bias)/κ) and ∂z/∂r = 1 − (z/κ)²; without a softcap z = r + bias and None."""
-    r = _acc(logits)
+    r = acc(logits)
     if target.bias is not None:
         r = r + target.bias
     if not target.softcap:
@@ -168,7 +168,7 @@ def _target_rows(z: Any, target: Target) -> tuple[Any, Any, Any]:
     N, C = z.shape
     w = np.ones(C, z.dtype) if target.weight is None else target.weight
     if target.ids is None:
-        q = _acc(target.probs).astype(z.dtype)
+        q = acc(target.probs).astype(z.dtype)
         y = w * (z.dtype.type(target.hot) * q + z.dtype.type(target.rest))
         return q, y, np.ones(N, z.dtype)
     counts = target.ids >= 0

@@ -18,6 +18,7 @@ from swl.backends import _gemm
 from swl.backends._blas import one_thread_each
 from swl.backends._gemm import gemm
 from swl.backends._gemm_tile import LINE, ROWS, VECTORS
+from swl.backends._numpy import acc
 from swl.backends._threads import PIECES, POOL
 
 __all__ = ["product"]
@@ -29,17 +30,11 @@ LARGE, WIDE, ADDED = 500_000_000, 2_000_000, 100_000
 what is there, which BLAS's own threads would not help with (docs/performance.md).
 """
 AREA, LEAST = 1 << 21, 32
-"""Numbers of a tile by the compiled kernel, and rows and columns from which it is used (docs/performance.md)."""
-
+"""Numbers of a part by the compiled kernel, about, and rows and steps along the inner axis from which it is used."""
 LANES = VECTORS * LINE // 4
 """Columns of the kernel's tile, of float32."""
 
 _ACC = (np.dtype(np.float32), np.dtype(np.float64))
-
-
-def acc(x: Any) -> Any:
-    """Bring an operand to the dtype that arithmetic uses."""
-    return x if x.dtype in _ACC else x.astype(np.float32)
 
 
 def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
