@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from swl.fused import DEFAULT_BUDGET
+from swl.ops.chunks import DEFAULT_BUDGET
 
 CLASSES = tuple(2**k for k in range(12, 18))
 LARGEST_IN_CHUNKS = 2**15

@@ -23,7 +23,7 @@
 
 #include "common.cuh"
 
-const i64 INVALID = -2;  // an id that was out of range: loss NaN, gradient 0. IGNORED is -1. See swl/targets.py.
+const i64 INVALID = -2;  // an id that was out of range: loss NaN, gradient 0. IGNORED is -1. See swl/backends/protocol.py.
 
 // What is asked of all rows. A pointer is null where the option is off.
 template <typename T>
@@ -634,7 +634,7 @@ __device__ __forceinline__ void combine_ids(double& count, i64& bad) {
   }
 }
 
-// Stage one of checking class ids: brings them to the form of swl/targets.py, gathers the row weights m, and leaves for
+// Stage one of checking class ids: brings them to the form of swl/backends/protocol.py, gathers the row weights m, and leaves for
 // each block Σ m and its first row out of range (N where there is none).
 template <typename I, typename A>
 __global__ void __launch_bounds__(256) prepare_ids(const I* ids_in, i64 ids_stride, i64 N, i64 n_classes,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from swl.backends import active, backends, get, loaded, set_backend, use_backend
-from swl.backends._memory import empty_cache, memory_use
-from swl.backends._threads import set_num_threads
+from swl.backends import active, available_backends, get, loaded, set_backend, use_backend
+from swl.backends.host.memory import empty_cache, memory_use
+from swl.backends.host.threads import set_num_threads
 from swl.errors import BackendUnavailable
 from swl.functional import (
     RowStats,
@@ -17,10 +17,10 @@ from swl.functional import (
     linear_cross_entropy,
     linear_cross_entropy_value_and_grad,
 )
-from swl.fused import Plan, plan
-from swl.gradcheck import check_gradients, numerical_gradient
-from swl.layers import Affine, AffineSoftmaxWithLoss, Embedding, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
-from swl.optim import SGD, AdamW
+from swl.nn.gradcheck import check_gradients, numerical_gradient
+from swl.nn.layers import Affine, AffineSoftmaxWithLoss, Embedding, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
+from swl.nn.optim import SGD, AdamW
+from swl.ops.chunks import Plan, plan
 from swl.warmup import warmup
 
 __version__ = "0.1.0"
@@ -61,7 +61,7 @@ __all__ = [
     "affine",
     "affine_backward",
     "asarray",
-    "backends",
+    "available_backends",
     "check",
     "check_gradients",
     "cross_entropy",

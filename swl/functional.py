@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from typing import Any, Unpack
 
 from swl.backends import Backend, resolve
-from swl.checks import affine_parameters, check_needs
-from swl.fused import DEFAULT_BUDGET
-from swl.passes import AffinePass, LinearPass, at_once, cross_entropy_forward, one_sweep
-from swl.problem import RowStats
-from swl.targets import OptionKwargs, Options
+from swl.ops.checks import affine_parameters, check_needs
+from swl.ops.chunks import DEFAULT_BUDGET
+from swl.ops.loss import AffinePass, LinearPass, at_once, cross_entropy_forward, one_sweep
+from swl.ops.problem import RowStats
+from swl.options import OptionKwargs, Options
 
 __all__ = [
     "RowStats",
@@ -104,7 +104,7 @@ def cross_entropy(
 ) -> Any:
     r"""Compute the softmax cross-entropy of logits against class ids or probabilities, forward only.
 
-    Per row, with the target row ``y`` of `swl.targets` and ``A = Σ_c y_c``::
+    Per row, with the target row ``y`` of `swl.backends.protocol` and ``A = Σ_c y_c``::
 
         loss = A·S − Σ_c y_c·(z_c − M) + λ·m·(M + S)²        M = max_c z_c,  S = log Σ_c exp(z_c − M)
 
@@ -118,7 +118,7 @@ def cross_entropy(
         Also return a `RowStats` of the same pass.
     stream : as for `affine`
     **options
-        The fields of `swl.targets.Options`: ``weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss,
+        The fields of `swl.options.Options`: ``weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss,
         softcap, denominator, backend, check``.
 
     Returns

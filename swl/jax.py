@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swl.backends import _REGISTRY, active
+from swl.backends import active
+from swl.backends.registry import _REGISTRY
 from swl.functional import cross_entropy as _cross_entropy
 from swl.functional import (
     cross_entropy_value_and_grad,
     linear_cross_entropy_value_and_grad,
 )
 from swl.functional import linear_cross_entropy as _linear_cross_entropy
-from swl.fused import DEFAULT_BUDGET
-from swl.targets import OptionKwargs, Options
+from swl.ops.chunks import DEFAULT_BUDGET
+from swl.options import OptionKwargs, Options
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import swl
-from swl.backends import _REGISTRY, Backend, get
+from swl.backends import Backend, get
+from swl.backends.registry import _REGISTRY
 
-registry = importlib.import_module("swl.backends")  # `swl.backends` is the function of that name
+registry = importlib.import_module("swl.backends.registry")  # `swl.backends` is the function of that name
 HERE = Path(__file__).parent
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 

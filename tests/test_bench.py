@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from swl.backends import _REGISTRY
-from swl.backends._threads import POOL
+from swl.backends.host.threads import POOL
+from swl.backends.registry import _REGISTRY
 from swl.bench import CASES, GROUPS, Case, Contender, cases, measure, report, table, timing
 from swl.bench.cases import logits_case
 from swl.cli import main

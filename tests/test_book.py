@@ -13,7 +13,7 @@ import pytest
 
 import swl
 from swl import Affine, Relu, SoftmaxWithLoss, numerical_gradient
-from swl.backends import _REGISTRY
+from swl.backends.registry import _REGISTRY
 
 HOSTS = [name for name, (_, home) in _REGISTRY.items() if home == "host"]
 

@@ -181,7 +181,7 @@ def test_changed_sources_are_compiled_anew(package: Path, tmp_path: Path) -> Non
     where = {"PYTHONPATH": package}
     assert ids(tmp_path, "int64", **where) > 0
     assert ids(tmp_path, "int64", **where) == 0
-    source = package / "swl" / "backends" / "_cpu_kernels.py"
+    source = package / "swl" / "backends" / "numba" / "kernels.py"
     stamp = source.stat()
     text = source.read_text()
     assert text.count("total += m") == 1
@@ -195,6 +195,6 @@ def test_changed_sources_are_compiled_anew(package: Path, tmp_path: Path) -> Non
 
 def test_a_change_of_what_the_kernels_are_made_of_counts_too(package: Path, tmp_path: Path) -> None:
     assert ids(tmp_path, "int64", PYTHONPATH=package) > 0
-    with (package / "swl" / "backends" / "_simd.py").open("a") as source:
+    with (package / "swl" / "backends" / "numba" / "simd.py").open("a") as source:
         source.write("\n# another version\n")
     assert ids(tmp_path, "int64", PYTHONPATH=package) > 0

@@ -14,7 +14,7 @@ import pytest
 
 import swl
 from swl.cli import main
-from swl.data import DataError, digits, from_file, split
+from swl.demos.data import DataError, digits, from_file, split
 
 ACCURACY = re.compile(r"test accuracy (\d\.\d{4})\Z")
 
@@ -114,7 +114,7 @@ def test_the_split_has_every_row_once_and_is_the_same_for_every_seed() -> None:
 
 
 def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
-    from swl.train import _write
+    from swl.demos.train import _write
 
     path = tmp_path / "net.npz"
     path.write_bytes(b"old")
@@ -253,7 +253,7 @@ class _Hide:
 
 
 def test_an_unusable_backend_is_refused_in_one_line(capsys: Any) -> None:
-    reasons = {b.name: b.reason for b in swl.backends()}
+    reasons = {b.name: b.reason for b in swl.available_backends()}
     if reasons["cupy"]:
         assert run(capsys, "train", "digits", "--backend", "cupy") == (2, [], f"swl: {reasons['cupy']}\n")
 
@@ -266,7 +266,7 @@ def test_info_names_versions_backends_and_reasons(capsys: Any) -> None:
     text = "\n".join(lines)
     assert status == 0
     assert f"numpy           {np.__version__}" in text
-    for b in swl.backends():
+    for b in swl.available_backends():
         line = next(line for line in lines if re.match(rf"  {b.name} +(not )?usable", line))
         assert (b.reason in line) if b.reason else ("usable" in line)
     for words in ("numba           usable (active)", "BLAS", "threading layer", "kernel cache"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import swl
-from swl.backends._threads import POOL
+from swl.backends.host.threads import POOL
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.standard_normal((601, 1009), np.float32)  # more than one thread's worth
@@ -214,7 +214,7 @@ def test_exp_is_within_two_ulp_on_its_whole_range(dtype: Any) -> None:
     """Subnormal results included; exactly 0 below them, 1 at 0, and a NaN stays one."""
     from numba import njit
 
-    from swl.backends import _simd as simd
+    from swl.backends.numba import simd
 
     @njit(error_model="numpy")
     def exp(x: Any, out: Any) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from oracle import assert_close
 
 import swl
-from swl.passes import cross_entropy_forward
-from swl.targets import Options
+from swl.ops.loss import cross_entropy_forward
+from swl.options import Options
 
 
 def check(backend: Any, case: Case, loss: Any, grad: Any, stats: Any = None) -> None:

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 import swl
-from swl.backends import _REGISTRY, active, get
+from swl.backends import active, get
+from swl.backends.registry import _REGISTRY
 
 on_devices = pytest.mark.parametrize(
     "backend", [name for name, (_, home) in _REGISTRY.items() if home != "host"], indirect=True
 )
 HOSTS = [name for name, (_, home) in _REGISTRY.items() if home == "host"]
-CUPY_USABLE = any(b.name == "cupy" and b.usable for b in swl.backends())
+CUPY_USABLE = any(b.name == "cupy" and b.usable for b in swl.available_backends())
 ACTIVE = "from swl.backends import active, get; print(get(active()).name)"
 
 
@@ -160,7 +161,7 @@ def test_a_context_is_of_one_task() -> None:
 
 
 def test_every_backend_is_listed_with_a_reason_if_it_cannot_run() -> None:
-    listed = swl.backends()
+    listed = swl.available_backends()
     assert [b.name for b in listed] == list(_REGISTRY)
     for b in listed:
         assert b.usable != bool(b.reason)

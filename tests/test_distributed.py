@@ -93,8 +93,8 @@ def test_ranks_of_a_machine_divide_its_processors(ranks: int) -> None:
         import os, sys
         import swl
         from swl import distributed
-        from swl.backends._blas import control
-        from swl.backends._threads import POOL
+        from swl.backends.host.blas import control
+        from swl.backends.host.threads import POOL
         if "bound" in sys.argv:
             os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["PMI_RANK"])]})
         if "set" in sys.argv:

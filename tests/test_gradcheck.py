@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import swl
-from swl.gradcheck import GradientError
+from swl.nn.gradcheck import GradientError
 
 
 def rng() -> np.random.Generator:

@@ -15,8 +15,8 @@ from oracle import assert_close
 from test_cross_entropy import check, same_bits
 
 import swl
-from swl.passes import cross_entropy_forward
-from swl.targets import Options
+from swl.ops.loss import cross_entropy_forward
+from swl.options import Options
 
 each_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 

@@ -267,7 +267,7 @@ def test_softmax_with_loss(backend: Any, options: dict[str, Any], kind: str) -> 
 
 
 def test_the_probabilities_are_computed_when_asked_for_and_once(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from swl import passes
+    from swl.ops import loss as passes
 
     calls = []
     plain = passes.Pass.probabilities
@@ -320,7 +320,7 @@ def test_options_are_checked_at_construction_and_only_there(monkeypatch: pytest.
     with pytest.raises(TypeError, match="unknown option 'smoothing'"):
         swl.SoftmaxWithLoss(smoothing=0.1)  # type: ignore[call-arg]
     layer = swl.SoftmaxWithLoss(label_smoothing=0.1)
-    monkeypatch.setattr("swl.targets.Options.checked", None)
+    monkeypatch.setattr("swl.options.Options.checked", None)
     layer.forward(np.zeros((1, 3)), np.array([0]))
 
 

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 import swl
-from swl.backends._memory import _ALIGN, MEMORY, SMALLEST, HostPool
-from swl.backends._threads import Pool
+from swl.backends.host.memory import _ALIGN, MEMORY, SMALLEST, HostPool
+from swl.backends.host.threads import Pool
 
 LIMIT = 6 * SMALLEST
 

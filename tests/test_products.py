@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import swl
-from swl.backends import _gemm, _products
-from swl.backends._gemm import DEEP, gemm
-from swl.backends._gemm_tile import ROWS
-from swl.backends._products import product
-from swl.backends._threads import POOL
+from swl.backends.host.threads import POOL
+from swl.backends.numba import gemm as _gemm
+from swl.backends.numba import products as _products
+from swl.backends.numba.gemm import DEEP, gemm
+from swl.backends.numba.gemm_tile import ROWS
+from swl.backends.numba.products import product
 
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([96, 97, 144, 255, 300]))
 INNER = st.one_of(st.integers(1, 40), st.sampled_from([DEEP - 1, DEEP, DEEP + 1, 2 * DEEP + 3]))
@@ -116,7 +117,7 @@ def test_infinities_and_nans_stay_in_their_rows_and_columns() -> None:
 AT_THE_EDGE = """
 import ctypes, mmap, itertools
 import numpy as np
-from swl.backends._gemm import gemm
+from swl.backends.numba.gemm import gemm
 
 PAGE = mmap.PAGESIZE
 protect = ctypes.CDLL(None, use_errno=True).mprotect

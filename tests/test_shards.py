@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from oracle import assert_close
 
 from swl.backends import Rows
-from swl.passes import logits_problem
-from swl.targets import Options
+from swl.ops.loss import logits_problem
+from swl.options import Options
 
 
 def combine(parts: list[Rows], dtype: Any) -> tuple[Any, ...]:

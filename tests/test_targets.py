@@ -9,8 +9,9 @@ import pytest
 from cases import INTEGERS
 
 import swl
-from swl.passes import logits_problem
-from swl.targets import IGNORED, INVALID, Options, Target
+from swl.backends.protocol import IGNORED, INVALID, Target
+from swl.ops.loss import logits_problem
+from swl.options import Options
 
 
 def spec(backend: Any, target: Any, C: int = 4, **options: Any) -> Target:

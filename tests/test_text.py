@@ -11,9 +11,9 @@ import pytest
 from cases import FLOATS
 
 import swl
-from swl import text
 from swl.cli import main
-from swl.data import DataError
+from swl.demos import text
+from swl.demos.data import DataError
 
 # ------------------------------------------------------------------------------------------------ Embedding
 

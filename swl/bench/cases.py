@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 import swl
-from swl.backends._products import product
-from swl.backends._threads import POOL
+from swl.backends.host.threads import POOL
+from swl.backends.numba.products import product
 from swl.bench import peers
 from swl.bench.timing import Call, Case, Contender
-from swl.fused import DEFAULT_BUDGET
+from swl.ops.chunks import DEFAULT_BUDGET
 
 __all__ = ["CASES", "GROUPS", "logits_case"]
 
 Built = tuple[dict[str, Contender], tuple[Any, ...], float]
 
-OTHERS = tuple(f"swl ({info.name})" for info in swl.backends() if info.name != "numba")
+OTHERS = tuple(f"swl ({info.name})" for info in swl.available_backends() if info.name != "numba")
 """The other backends of the registry; plain "swl" is the Numba backend."""
 TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 
@@ -47,7 +47,7 @@ def backends(build: Any, specification: bool = True) -> dict[str, Call]:
     `build` gives those of the active backend by the ends of their names; but for Numba, only the first counts.
     """
     calls = {}
-    for info in swl.backends():
+    for info in swl.available_backends():
         if info.usable and (specification or info.name != "numpy"):
             with swl.use_backend(info.name):
                 for end, call in build().items():

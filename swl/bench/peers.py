@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from swl.backends._threads import POOL
+from swl.backends.host.threads import POOL
 from swl.bench.timing import Call
 
 __all__ = ["jax_losses", "numpy_head", "numpy_loss", "numpy_losses", "torch_head", "torch_losses"]

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swl.arrays import beside
 from swl.backends import scope
 from swl.distributed.comm import Grid, agree, as_numpy
+from swl.ops.arrays import beside
 
 __all__ = ["Checkpoints"]
 

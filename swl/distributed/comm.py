@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swl.arrays import to_numpy
-from swl.backends._blas import control
-from swl.backends._threads import POOL
+from swl.backends.host.blas import control
+from swl.backends.host.threads import POOL
 from swl.distributed.watch import Watcher
+from swl.ops.arrays import to_numpy
 
 __all__ = ["Counted", "Grid", "agree", "in_blocks", "run", "sum_in_order"]
 

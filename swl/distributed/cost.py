@@ -22,7 +22,7 @@ import numpy as np
 
 from swl.distributed.comm import BLOCK, gather_numbers, sum_in_order
 from swl.distributed.head import ClassParallelHead
-from swl.fused import DEFAULT_BUDGET, plan
+from swl.ops.chunks import DEFAULT_BUDGET, plan
 
 __all__ = ["Machine", "Measured", "Step", "agreement_bytes", "calibrate", "measure", "step_bytes"]
 

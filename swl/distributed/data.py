@@ -1,6 +1,6 @@
 """A network whose copies work on different rows of a batch, and whose gradients are those of the whole batch.
 
-Means are over the rows that count on all ranks: with ``d_r`` the denominator of rank r's rows (`swl.targets`), each
+Means are over the rows that count on all ranks: with ``d_r`` the denominator of rank r's rows (`swl.options`), each
 gradient is scaled by ``d_r / Σ d``, and they are added up. The average of the means of the ranks would be wrong as soon
 as one of them has fewer rows, or more ignored ones.
 """
@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from swl import passes
 from swl.backends import get, resolve
-from swl.checks import acc_dtype
 from swl.distributed.comm import (
     agree,
     as_numpy,
@@ -28,9 +26,11 @@ from swl.distributed.comm import (
 )
 from swl.distributed.head import ClassParallelHead
 from swl.distributed.transport import over
-from swl.head import AffineSoftmaxWithLoss
-from swl.layer import Layer, bring
-from swl.layers import Sequential, SoftmaxWithLoss
+from swl.nn.base import Layer, bring
+from swl.nn.fused_head import AffineSoftmaxWithLoss
+from swl.nn.layers import Sequential, SoftmaxWithLoss
+from swl.ops import loss as passes
+from swl.ops.checks import acc_dtype
 
 __all__ = ["DataParallel"]
 

@@ -1,7 +1,7 @@
 """A classifier head whose classes are spread over the ranks of a communicator.
 
 Every rank has the same inputs ``x (N, D)`` and targets and a shard of the classes, ``W (D, C_k)``. A step is that of
-the fused head (`swl.fused`) on the shard, with the rows of the loss combined over the ranks between its two sweeps::
+the fused head (`swl.ops.chunks`) on the shard, with the rows of the loss combined over the ranks between its two sweeps::
 
     rows_k = forward(x·W_k)            M, S, d and A of each row, over the classes here
     rows   = combine(rows_0, …)        O(N): the only thing the loss needs of other ranks
@@ -22,16 +22,17 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from swl import checks
 from swl.backends import Backend, Rows, active, get, resolve
-from swl.combine import combine, row_loss
+from swl.backends.protocol import Target
 from swl.distributed.comm import agree, as_numpy, exchange, gather_numbers, in_blocks, sum_in_order
 from swl.distributed.transport import over
-from swl.fused import DEFAULT_BUDGET, Gradients, Plan, plan, sweep
-from swl.layer import Layer, bring
-from swl.passes import AffinePass, empty_like_weights
-from swl.problem import ChunkedProbabilities, Problem, problem
-from swl.targets import OptionKwargs, Options, Target
+from swl.nn.base import Layer, bring
+from swl.ops import checks
+from swl.ops.chunks import DEFAULT_BUDGET, Gradients, Plan, plan, sweep
+from swl.ops.loss import AffinePass, empty_like_weights
+from swl.ops.problem import ChunkedProbabilities, Problem, problem
+from swl.ops.rows import combine, row_loss
+from swl.options import OptionKwargs, Options
 
 __all__ = ["ClassParallelHead"]
 
@@ -505,7 +506,7 @@ def _checksum(x: Any) -> str:
 
 
 def _starts(N: int, cut: Plan) -> list[tuple[int, int]]:
-    """Give the chunks of rows, as `swl.fused.sweep` cuts them."""
+    """Give the chunks of rows, as `swl.ops.chunks.sweep` cuts them."""
     return [(start, min(start + cut.rows, N)) for start in range(0, N, cut.rows)]
 
 

@@ -8,8 +8,8 @@ from swl.backends import active, get
 from swl.distributed.comm import Grid, gather_numbers, in_blocks
 from swl.distributed.data import DataParallel
 from swl.distributed.head import ClassParallelHead
-from swl.head import AffineSoftmaxWithLoss
-from swl.layers import Affine, Sequential, SoftmaxWithLoss
+from swl.nn.fused_head import AffineSoftmaxWithLoss
+from swl.nn.layers import Affine, Sequential, SoftmaxWithLoss
 
 __all__ = ["accuracy", "collect", "rows_here", "spread"]
 

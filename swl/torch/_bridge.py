@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swl.backends import _REGISTRY, Backend, active, get
+from swl.backends import Backend, active, get
+from swl.backends.registry import _REGISTRY
 from swl.errors import BackendUnavailable
 
 __all__ = ["Bridge", "Cuda", "Host", "bridge", "share_memory_pool"]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from swl.backends import Rows
-from swl.fused import DEFAULT_BUDGET
-from swl.passes import AffinePass, LinearPass
-from swl.targets import Options
+from swl.ops.chunks import DEFAULT_BUDGET
+from swl.ops.loss import AffinePass, LinearPass
+from swl.options import Options
 from swl.torch._bridge import Bridge, bridge
 from swl.torch._cross_entropy import cross_entropy
 from swl.torch._loss import (

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from swl.backends import Rows
-from swl.checks import F32, F64
-from swl.passes import SMALL
-from swl.problem import Problem, problem
-from swl.targets import Options, Reduction
+from swl.ops.checks import F32, F64
+from swl.ops.loss import SMALL
+from swl.ops.problem import Problem, problem
+from swl.options import Options, Reduction
 from swl.torch._bridge import Bridge, bridge
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swl.fused import DEFAULT_BUDGET
+from swl.ops.chunks import DEFAULT_BUDGET
 from swl.torch._cross_entropy import cross_entropy
 from swl.torch._linear import affine, linear_cross_entropy
 

@@ -15,7 +15,7 @@ import numpy as np
 import stand_in
 
 from swl.backends import Rows
-from swl.targets import Target
+from swl.backends.protocol import Target
 
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 

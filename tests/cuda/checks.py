@@ -14,9 +14,9 @@ import numpy as np
 import stand_in
 
 from swl.backends import Rows
-from swl.backends._cupy import CupyBackend, Limits, plan
-from swl.backends._numpy import NumpyBackend
-from swl.targets import IGNORED, INVALID, Target
+from swl.backends.cupy.backend import CupyBackend, Limits, plan
+from swl.backends.numpy import NumpyBackend
+from swl.backends.protocol import IGNORED, INVALID, Target
 
 MakeBackend = Callable[[], CupyBackend]
 

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from swl.backends._cupy import OPTIONS, instances, source
+from swl.backends.cupy.backend import OPTIONS, instances, source
 
 ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
 

@@ -1,4 +1,4 @@
-"""The CUDA backend on a CPU, as the backend `cupy-emulated` of the registry: ``swl/backends/_cupy.py`` itself, with the
+"""The CUDA backend on a CPU, as the backend `cupy-emulated` of the registry: ``swl/backends/cupy/backend.py`` itself, with the
 kernels of ``kernels/*.cu``, over the stand-in for CuPy."""
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cpu_kernels
 import stand_in
 
-from swl.backends._cupy import CupyBackend
+from swl.backends.cupy.backend import CupyBackend
 
-registry = importlib.import_module("swl.backends")  # the attribute of swl of that name is a function
+registry = importlib.import_module("swl.backends.registry")  # the attribute of swl of that name is a function
 
 NAME = "cupy-emulated"
 

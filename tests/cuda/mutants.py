@@ -24,7 +24,7 @@ import cpu_kernels
 import recording
 import stand_in
 
-from swl.backends import _cupy
+from swl.backends.cupy import backend as _cupy
 
 FLOAT = branches.DTYPES[:1]
 

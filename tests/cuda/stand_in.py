@@ -41,7 +41,7 @@ class Forbidden(AssertionError):  # noqa: N818 - reads as what it says
 
 # ------------------------------------------------------------------------------------------------ waiting
 
-_OUTSIDE = ("swl.cli", "swl.train", "swl.gradcheck", "swl.distributed")  # may look at results, as a user may
+_OUTSIDE = ("swl.cli", "swl.demos.train", "swl.nn.gradcheck", "swl.distributed")  # may look at results, as a user may
 _MAY_WAIT = frozenset(
     ("check", "info", "state_dict", "perplexity", "_number")
 )  # the last puts values into error messages
@@ -53,7 +53,7 @@ def _caller_in_swl(but: frozenset[str]) -> str | None:
     while frame is not None:
         module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         # who calls a helper decides, or who holds a comprehension or lambda
-        if module.startswith("swl.") and module != "swl.arrays" and not name.startswith("<"):
+        if module.startswith("swl.") and module != "swl.ops.arrays" and not name.startswith("<"):
             return None if name in but or module.startswith(_OUTSIDE) else f"{module}.{name}"
         frame = frame.f_back
     return None

@@ -19,7 +19,7 @@ import stand_in
 
 import swl
 from swl.backends import get
-from swl.backends._cupy import CupyBackend
+from swl.backends.cupy.backend import CupyBackend
 
 pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
 

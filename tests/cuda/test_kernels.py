@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import stand_in
 
-from swl.backends._cupy import CupyBackend, Limits, plan
-from swl.targets import Target
+from swl.backends.cupy.backend import CupyBackend, Limits, plan
+from swl.backends.protocol import Target
 
 pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
 ON_CPU = CupyBackend(stand_in)

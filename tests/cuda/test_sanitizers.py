@@ -16,7 +16,7 @@ import pytest
 import recording
 import stand_in
 
-from swl.backends._cupy import CupyBackend, instances
+from swl.backends.cupy.backend import CupyBackend, instances
 
 pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
 

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 import stand_in
 
-from swl.backends._cupy import CupyBackend
-from swl.targets import Target
+from swl.backends.cupy.backend import CupyBackend
+from swl.backends.protocol import Target
 
 H100, A10 = 227 * 1024, 99 * 1024  # bytes of shared memory that one block may have
 

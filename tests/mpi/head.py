@@ -18,7 +18,7 @@ import oracle
 
 import swl
 from swl import distributed
-from swl.fused import DEFAULT_BUDGET
+from swl.ops.chunks import DEFAULT_BUDGET
 
 OPTIONS: list[dict[str, Any]] = [
     {},

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 import swl
-from swl import distributed, text
+from swl import distributed
+from swl.demos import text
 from swl.distributed import training
 
 SETTINGS = text.Settings(

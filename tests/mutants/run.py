@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = "swl/backends/_cpu_kernels.py"
-ROWS = "swl/backends/_cpu_rows.py"
-FEW = "swl/backends/_cpu_few_classes.py"
-SIMD = "swl/backends/_simd.py"
-GEMM = "swl/backends/_gemm.py"
-TILE = "swl/backends/_gemm_tile.py"
-PRODUCTS = "swl/backends/_products.py"
+KERNELS = "swl/backends/numba/kernels.py"
+ROWS = "swl/backends/numba/rows.py"
+FEW = "swl/backends/numba/few_classes.py"
+SIMD = "swl/backends/numba/simd.py"
+GEMM = "swl/backends/numba/gemm.py"
+TILE = "swl/backends/numba/gemm_tile.py"
+PRODUCTS = "swl/backends/numba/products.py"
 
 
 class Mutant(NamedTuple):

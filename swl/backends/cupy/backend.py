@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.backends import Backend, Rows
+from swl.backends.protocol import Target
 from swl.errors import BackendUnavailable
-from swl.targets import Target
 
 __all__ = ["CupyBackend", "Limits", "Plan", "instances", "load", "plan", "source"]
 
@@ -67,7 +67,7 @@ def _version(number: int) -> str:
 
 def source(name: str) -> str:
     """Give ``kernels/<name>.cu`` with its header in it: CuPy's disk cache knows a kernel by its text alone."""
-    here = Path(__file__).parent.parent
+    here = Path(__file__).parents[2]
     folder = next(folder for folder in (here / "kernels", here.parent / "kernels") if folder.is_dir())
     text = (folder / f"{name}.cu").read_text(encoding="utf-8")
     return text.replace('#include "common.cuh"', (folder / "common.cuh").read_text(encoding="utf-8"))

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.backends import Backend, Rows
-from swl.checks import F64, real_array, require_shape, size_of
-from swl.targets import Options, Target
+from swl.backends.protocol import Target
+from swl.ops.checks import F64, real_array, require_shape, size_of
+from swl.options import Options
 
 __all__ = ["ChunkedProbabilities", "Problem", "RowStats", "problem"]
 

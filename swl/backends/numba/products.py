@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from swl.backends import _gemm
-from swl.backends._blas import one_thread_each
-from swl.backends._gemm import gemm
-from swl.backends._gemm_tile import LINE, ROWS, VECTORS
-from swl.backends._numpy import acc
-from swl.backends._threads import PIECES, POOL
+from swl.backends.host.blas import one_thread_each
+from swl.backends.host.threads import PIECES, POOL
+from swl.backends.numba import gemm as _gemm
+from swl.backends.numba.gemm import gemm
+from swl.backends.numba.gemm_tile import LINE, ROWS, VECTORS
+from swl.backends.numpy import acc
 
 __all__ = ["product"]
 

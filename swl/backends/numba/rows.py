@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from swl.backends._simd import (
+from swl.backends.numba.simd import (
     drop_below,
     exp_nonpositive,
     exp_parts,

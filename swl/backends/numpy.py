@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from swl.backends import NOTHING, Backend, Rows
-from swl.targets import IGNORED, Target
+from swl.backends.protocol import IGNORED, Target
 
 
 def load() -> Backend:

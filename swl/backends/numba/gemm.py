@@ -1,7 +1,7 @@
 """Matrix products on one thread, compiled: nearer to the processor's limit than OpenBLAS, and they add to what is there.
 
 Both operands are copied, a part at a time, to panels that the tile of the result reads one after another
-(`swl.backends._gemm_tile`). A part of `a` and a panel of `b` stay in the second cache, and are used up before the next ones::
+(`swl.backends.numba.gemm_tile`). A part of `a` and a panel of `b` stay in the second cache, and are used up before the next ones::
 
     for each part of the inner axis:
         for each block of rows:     pack a's part, ROWS a panel
@@ -24,9 +24,9 @@ import llvmlite.binding as llvm
 import numpy as np
 from numba import config, njit
 
-from swl.backends import _gemm_tile
-from swl.backends._cache import kept
-from swl.backends._gemm_tile import (
+from swl.backends.numba import gemm_tile as _gemm_tile
+from swl.backends.numba.cache import kept
+from swl.backends.numba.gemm_tile import (
     AHEAD,
     LINE,
     ROWS,

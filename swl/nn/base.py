@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from swl import checks
-from swl.arrays import beside, to_numpy
 from swl.backends import Backend, active, get, resolve, scope
-from swl.targets import Options
+from swl.ops import checks
+from swl.ops.arrays import beside, to_numpy
+from swl.options import Options
 
 __all__ = ["Layer", "WithAffineParameters", "bring", "describe"]
 

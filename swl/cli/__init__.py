@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 
 import swl
-from swl import data as datasets
-from swl import distributed, text
-from swl import train as training
+from swl import distributed
 from swl.backends import active, get
-from swl.backends._memory import MEMORY
+from swl.backends.host.memory import MEMORY
+from swl.demos import data as datasets
+from swl.demos import text
+from swl.demos import train as training
+from swl.demos.train import Settings
 from swl.distributed import cost
 from swl.distributed.comm import from_rank_0, gather_numbers, launched
-from swl.fused import DEFAULT_BUDGET
-from swl.gradcheck import GradientReport
-from swl.train import Settings
+from swl.nn.gradcheck import GradientReport
+from swl.ops.chunks import DEFAULT_BUDGET
 from swl.warmup import DTYPES
 
 __all__ = ["main"]
@@ -570,7 +571,7 @@ def _backends() -> Iterator[tuple[str, str]]:
     except ValueError as error:
         yield "SWL_BACKEND", str(error)
         chosen = ""
-    for info in swl.backends():
+    for info in swl.available_backends():
         if info.usable:
             details = ", ".join(f"{key} {value}" for key, value in get(info.name).info().items())
             yield info.name, f"usable{' (active)' if info.name == chosen else ''}: {details}"
@@ -605,6 +606,6 @@ def _numba() -> Iterator[tuple[str, str]]:
 
 def _kernel_cache() -> str:
     """Name the folder that compiled kernels of the CPU are kept in."""
-    from swl.backends import _cpu_kernels
+    from swl.backends.numba import kernels as _cpu_kernels
 
     return _cpu_kernels.sweep.stats.cache_path or "none that can be written to: each process compiles"

@@ -1,11 +1,4 @@
-"""Every kind of target and every option, brought to the one form that kernels take.
-
-Each row of logits has a target row ``y``, most of it implied::
-
-    class id t         y_c = (1−ε)·w_t·[c = t] + (ε/C)·w_c        m = w_t
-    probabilities q    y_c = w_c·((1−ε)·q_c + ε/C)                m = 1
-    ignored            y_c = 0                                    m = 0
-"""
+"""The options of every loss, with torch's names and defaults."""
 
 from __future__ import annotations
 
@@ -13,45 +6,7 @@ import math
 import numbers
 from typing import Any, Literal, NamedTuple, TypedDict
 
-__all__ = ["DEFAULTS", "IGNORED", "INVALID", "OptionKwargs", "Options", "Target"]
-
-IGNORED = -1
-"""In `Target.ids`: the row does not count."""
-INVALID = -2
-"""In `Target.ids`, on a device only: the id was out of range; the row's loss is NaN and its gradient 0."""
-
-
-class Target(NamedTuple):
-    """What a kernel needs beside the logits. Arrays are the backend's own; see `swl.backends.Backend`."""
-
-    ids: Any = None  # (N,) int64, contiguous: class ids, IGNORED or INVALID; or None
-    probs: Any = None  # (N, C), any real dtype, any strides; None where ids is given
-    weight: Any = None  # w (C,), dtype acc, contiguous; None: 1
-    row_weight: Any = None  # m (N,), dtype acc, contiguous; None: 1 for a row that counts
-    hot: float = 1.0  # 1−ε
-    rest: float = 0.0  # ε/C, C counting the classes of all shards
-    softcap: float = 0.0  # κ of z = κ·tanh(r/κ); 0: off
-    z_loss: float = 0.0  # λ
-    bias: Any = None  # (C,), dtype acc, contiguous, added to the logits before the softcap; None: 0
-    first_class: int = 0  # the class id of column 0; an id outside the columns hits none of them, but its row counts
-
-    def rows(self, start: int, stop: int) -> Target:
-        """Cut out the rows ``[start, stop)``."""
-        return self._replace(
-            ids=None if self.ids is None else self.ids[start:stop],
-            probs=None if self.probs is None else self.probs[start:stop],
-            row_weight=None if self.row_weight is None else self.row_weight[start:stop],
-        )
-
-    def classes(self, start: int, stop: int) -> Target:
-        """Cut out the classes ``[start, stop)``, counted from `first_class`."""
-        return self._replace(
-            probs=None if self.probs is None else self.probs[:, start:stop],
-            weight=None if self.weight is None else self.weight[start:stop],
-            bias=None if self.bias is None else self.bias[start:stop],
-            first_class=self.first_class + start,
-        )
-
+__all__ = ["DEFAULTS", "OptionKwargs", "Options", "Reduction"]
 
 Reduction = Literal["mean", "sum", "none"]
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swl.arrays import beside, to_numpy
-from swl.checks import is_float
-from swl.layers import _gradients, _leaves, _parameters
+from swl.nn.layers import _gradients, _leaves, _parameters
+from swl.ops.arrays import beside, to_numpy
+from swl.ops.checks import is_float
 
 __all__ = ["GradientError", "GradientReport", "check_gradients", "numerical_gradient"]
 
@@ -182,7 +182,7 @@ def check_gradients(
     >>> wrong = lambda dout, x: dout * x
     >>> swl.check_gradients((lambda x: x**2, wrong), np.array([3.0]))
     Traceback (most recent call last):
-    swl.gradcheck.GradientError: gradient of x at [0]: backward gives 0.377..., central differences give 0.754...
+    swl.nn.gradcheck.GradientError: gradient of x at [0]: backward gives 0.377..., central differences give 0.754...
     (relative error 0.5, tolerance 1e-06)
     """
     if not 0 < tol < 1:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from swl.backends._cpu_rows import INNER, logarithm
-from swl.backends._simd import (
+from swl.backends.numba.rows import INNER, logarithm
+from swl.backends.numba.simd import (
     exp_nonpositive,
     exp_parts,
     exp_unit,

@@ -11,12 +11,13 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from swl import checks, passes
-from swl.arrays import beside
 from swl.backends import NOTHING, active, get, resolve
-from swl.head import AffineSoftmaxWithLoss
-from swl.layer import Layer, WithAffineParameters, bring, describe
-from swl.targets import OptionKwargs, Options
+from swl.nn.base import Layer, WithAffineParameters, bring, describe
+from swl.nn.fused_head import AffineSoftmaxWithLoss
+from swl.ops import checks
+from swl.ops import loss as passes
+from swl.ops.arrays import beside
+from swl.options import OptionKwargs, Options
 
 __all__ = [
     "Affine",

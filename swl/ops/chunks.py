@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.backends import Rows
-from swl.checks import acc_dtype, check_needs
-from swl.combine import combine
-from swl.problem import ChunkedProbabilities, Problem
-from swl.targets import Target
+from swl.backends.protocol import Target
+from swl.ops.checks import acc_dtype, check_needs
+from swl.ops.problem import ChunkedProbabilities, Problem
+from swl.ops.rows import combine
 
 __all__ = ["DEFAULT_BUDGET", "Plan", "plan", "sweep"]
 
@@ -212,7 +212,7 @@ def sweep(
     stats : bool
     across : callable, optional
         Where `W` is a shard of the classes: takes the rows of a chunk here, its target, and with `stats` the target's
-        plain mass here (`swl.combine`), and gives the rows over all shards. Called once per chunk of rows, in order.
+        plain mass here (`swl.ops.rows`), and gives the rows over all shards. Called once per chunk of rows, in order.
 
     Returns
     -------

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from swl.backends import Rows
-from swl.targets import IGNORED, INVALID, Target
+from swl.backends.protocol import IGNORED, INVALID, Target
 
 __all__ = ["combine", "row_loss"]
 

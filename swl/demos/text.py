@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import swl
-from swl.data import DataError
+from swl.demos.data import DataError
+from swl.demos.train import fit, progress
 from swl.distributed import Checkpoints, Grid
 from swl.distributed.comm import gather_numbers
 from swl.distributed.training import rows_here, spread
-from swl.train import fit, progress
 
 __all__ = [
     "Corpus",
@@ -298,7 +298,9 @@ def train_apart(text: Corpus, settings: Settings, head: str, backend: str) -> Re
             "head": head,
             "backend": backend,
         }
-        run = subprocess.run([sys.executable, "-m", "swl.text", json.dumps(job)], stdout=subprocess.PIPE, text=True)
+        run = subprocess.run(
+            [sys.executable, "-m", "swl.demos.text", json.dumps(job)], stdout=subprocess.PIPE, text=True
+        )
     if run.returncode:
         raise DataError(f"training with the {head} head failed with status {run.returncode}")
     return Result(**json.loads(run.stdout))

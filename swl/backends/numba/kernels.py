@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from swl.backends import _cpu_few_classes, _cpu_rows, _simd
-from swl.backends import _cpu_few_classes as few
-from swl.backends._cache import kept
-from swl.backends._cpu_few_classes import EXPONENT, EXPS, FEW, PULL, SCALE
-from swl.backends._cpu_rows import (
+from swl.backends.numba import few_classes as _cpu_few_classes
+from swl.backends.numba import few_classes as few
+from swl.backends.numba import rows as _cpu_rows
+from swl.backends.numba import simd as _simd
+from swl.backends.numba.cache import kept
+from swl.backends.numba.few_classes import EXPONENT, EXPS, FEW, PULL, SCALE
+from swl.backends.numba.rows import (
     BLOCK,
     ENTROPY,
     INNER,
@@ -37,7 +39,7 @@ from swl.backends._cpu_rows import (
     target_vector,
     weigh,
 )
-from swl.backends._simd import (
+from swl.backends.numba.simd import (
     first_lane,
     from_row,
     item,
@@ -52,7 +54,7 @@ from swl.backends._simd import (
     store_tail,
     whole,
 )
-from swl.targets import IGNORED
+from swl.backends.protocol import IGNORED
 
 FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
 """What `sweep` is to do; and that the gradient goes past the caches."""
@@ -292,7 +294,7 @@ def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any) -> Any:
 
 @_kernel
 def convert(source: Any, target: Any) -> None:
-    """Copy row by row between the arithmetic's dtype and memory's (`swl.backends._simd`); both C-ordered, one float32."""
+    """Copy row by row between the arithmetic's dtype and memory's (`swl.backends.numba.simd`); both C-ordered, one float32."""
     one = np.float32(1)
     step = lanes(one)
     C = source.shape[1]

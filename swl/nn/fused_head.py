@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from swl.backends import Backend, Rows, get
-from swl.checks import acc_dtype
-from swl.combine import combine
-from swl.fused import DEFAULT_BUDGET, cuts, plan
-from swl.layer import WithAffineParameters, bring, describe
-from swl.passes import AffinePass, LinearPass
-from swl.targets import OptionKwargs, Options, Target
+from swl.backends.protocol import Target
+from swl.nn.base import WithAffineParameters, bring, describe
+from swl.ops.checks import acc_dtype
+from swl.ops.chunks import DEFAULT_BUDGET, cuts, plan
+from swl.ops.loss import AffinePass, LinearPass
+from swl.ops.rows import combine
+from swl.options import OptionKwargs, Options
 
 __all__ = ["AffineSoftmaxWithLoss"]
 

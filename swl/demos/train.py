@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import swl
-from swl.data import Data, DataError, Part, require, split
+from swl.demos.data import Data, DataError, Part, require, split
 from swl.distributed import Checkpoints, Grid
 from swl.distributed.training import accuracy as spread_accuracy
 from swl.distributed.training import collect, rows_here, spread
-from swl.gradcheck import GradientReport
+from swl.nn.gradcheck import GradientReport
 
 __all__ = ["Epoch", "Result", "Settings", "fit", "plot", "progress", "save", "train"]
 
@@ -96,7 +96,7 @@ def train(
 
     Raises
     ------
-    swl.gradcheck.GradientError
+    swl.nn.gradcheck.GradientError
         If the gradients are wrong on this machine.
     """
     rng = np.random.default_rng(settings.seed)
@@ -188,7 +188,7 @@ def fit(
 
     Raises
     ------
-    swl.data.DataError
+    swl.demos.data.DataError
         If the last checkpoint is of a run with other settings or data, or damaged.
     """
     run = {"settings": list(settings), "rows": rows}

@@ -7,13 +7,14 @@ from typing import Any
 import numba
 import numpy as np
 
-from swl.backends import Backend, Rows, _gemm
-from swl.backends import _cpu_kernels as kernels
-from swl.backends._memory import MEMORY
-from swl.backends._numpy import NumpyBackend, raise_bad_id
-from swl.backends._products import product
-from swl.backends._threads import POOL
-from swl.targets import Target
+from swl.backends import Backend, Rows
+from swl.backends.host.memory import MEMORY
+from swl.backends.host.threads import POOL
+from swl.backends.numba import gemm as _gemm
+from swl.backends.numba import kernels
+from swl.backends.numba.products import product
+from swl.backends.numpy import NumpyBackend, raise_bad_id
+from swl.backends.protocol import Target
 
 
 def load() -> Backend:
@@ -37,7 +38,7 @@ _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 _NONE = {dtype: np.empty(0, dtype) for dtype in (_F32, _F64)}
 _NO_IDS = np.empty(0, np.int64)
 _NO_OUT = {dtype: np.empty((0, 0), dtype) for dtype in (_F32, _F64)}
-_BITS = {"float16": np.uint16, "bfloat16": np.int16}  # how the kernels know them (`swl.backends._simd`)
+_BITS = {"float16": np.uint16, "bfloat16": np.int16}  # how the kernels know them (`swl.backends.numba.simd`)
 
 
 def _read_only(x: Any) -> Any:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.backends import Backend, Rows, active, get, resolve
-from swl.checks import acc_dtype, flatten_inputs, float_array, real_array, require_shape
-from swl.fused import Gradients, Plan, cuts, plan, sweep
-from swl.problem import ChunkedProbabilities, Problem, inverse, problem
-from swl.targets import DEFAULTS, Options
+from swl.ops.checks import acc_dtype, flatten_inputs, float_array, real_array, require_shape
+from swl.ops.chunks import Gradients, Plan, cuts, plan, sweep
+from swl.ops.problem import ChunkedProbabilities, Problem, inverse, problem
+from swl.options import DEFAULTS, Options
 
 
 class AffinePass(NamedTuple):
@@ -258,7 +258,7 @@ def one_sweep(
 
 
 class LinearPass(NamedTuple):
-    """The fused head's arguments, checked; its sweeps run in chunks within the budget (`swl.fused`)."""
+    """The fused head's arguments, checked; its sweeps run in chunks within the budget (`swl.ops.chunks`)."""
 
     problem: Problem
     x: Any  # as it came

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from swl.backends import scope
-from swl.checks import acc_dtype, is_float
+from swl.ops.checks import acc_dtype, is_float
 
 __all__ = ["SGD", "AdamW"]
 

@@ -1,0 +1,1 @@
+"""The CUDA backend: CUDA C kernels through CuPy."""

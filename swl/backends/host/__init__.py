@@ -1,0 +1,1 @@
+"""What the host backends share: threads, memory and the threads of BLAS."""

@@ -1,0 +1,1 @@
+"""The CPU backend: compiled kernels over row ranges, on a pool of ordinary threads."""

@@ -1,0 +1,166 @@
+"""The seam between the library and its kernels: the operations that a backend has, and what goes in and out of them.
+
+Each row of logits has a target row ``y``, most of it implied::
+
+    class id t         y_c = (1−ε)·w_t·[c = t] + (ε/C)·w_c        m = w_t
+    probabilities q    y_c = w_c·((1−ε)·q_c + ε/C)                m = 1
+    ignored            y_c = 0                                    m = 0
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, cast
+
+__all__ = ["IGNORED", "INVALID", "NOTHING", "Backend", "Rows", "Target"]
+
+IGNORED = -1
+"""In `Target.ids`: the row does not count."""
+INVALID = -2
+"""In `Target.ids`, on a device only: the id was out of range; the row's loss is NaN and its gradient 0."""
+
+
+class Target(NamedTuple):
+    """What a kernel needs beside the logits. Arrays are the backend's own; see `swl.backends.Backend`."""
+
+    ids: Any = None  # (N,) int64, contiguous: class ids, IGNORED or INVALID; or None
+    probs: Any = None  # (N, C), any real dtype, any strides; None where ids is given
+    weight: Any = None  # w (C,), dtype acc, contiguous; None: 1
+    row_weight: Any = None  # m (N,), dtype acc, contiguous; None: 1 for a row that counts
+    hot: float = 1.0  # 1−ε
+    rest: float = 0.0  # ε/C, C counting the classes of all shards
+    softcap: float = 0.0  # κ of z = κ·tanh(r/κ); 0: off
+    z_loss: float = 0.0  # λ
+    bias: Any = None  # (C,), dtype acc, contiguous, added to the logits before the softcap; None: 0
+    first_class: int = 0  # the class id of column 0; an id outside the columns hits none of them, but its row counts
+
+    def rows(self, start: int, stop: int) -> Target:
+        """Cut out the rows ``[start, stop)``."""
+        return self._replace(
+            ids=None if self.ids is None else self.ids[start:stop],
+            probs=None if self.probs is None else self.probs[start:stop],
+            row_weight=None if self.row_weight is None else self.row_weight[start:stop],
+        )
+
+    def classes(self, start: int, stop: int) -> Target:
+        """Cut out the classes ``[start, stop)``, counted from `first_class`."""
+        return self._replace(
+            probs=None if self.probs is None else self.probs[:, start:stop],
+            weight=None if self.weight is None else self.weight[start:stop],
+            bias=None if self.bias is None else self.bias[start:stop],
+            first_class=self.first_class + start,
+        )
+
+
+class Rows(NamedTuple):
+    """What a forward sweep leaves of each row; every field ``(N,)``, in float32 or, for float64 logits, float64.
+
+    The last three are None unless they were asked for.
+    """
+
+    loss: Any  # A·S − d + λ·m·(M + S)², 0 for an ignored row
+    row_max: Any  # M = max_c z_c
+    log_sum: Any  # S = log Σ_c exp(z_c − M)
+    target_dot: Any  # d = Σ_c y_c·(z_c − M)
+    mass: Any  # A = Σ_c y_c
+    entropy: Any = None  # −Σ_c p_c·log p_c, in nats
+    log_prob: Any = None  # log p_t, or Σ_c q_c·log p_c; 0 for an ignored row
+    argmax: Any = None  # int64
+
+
+class Backend(Protocol):
+    """The operations. Arguments were checked by the caller and are arrays of this backend, two-dimensional.
+
+    Whoever chooses the backend of a call enters its `scope`, around everything that the call does: the functions, the
+    layers and the optimisers. Nothing else in the library knows of devices and streams.
+
+    Matrices may have any strides. ``acc`` below is float64 for float64 operands and float32 for all others; sums are
+    formed in it and each result is rounded once, to the dtype of the array it is written to.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the registry calls it."""
+
+    @property
+    def xp(self) -> ModuleType:
+        """The array library whose arrays the backend works on: numpy or cupy."""
+
+    def scope(self, stream: Any = None, /, **arrays: Any) -> AbstractContextManager[object]:
+        """Within it, work goes to the device of `arrays`, and there to `stream` or else to the current stream.
+
+        `arrays` may be of any library, on the host (they decide nothing), or no arrays at all. A device backend raises
+        TypeError, naming both, for arrays on two devices; a host backend does for a stream.
+        """
+
+    def asarray(self, x: Any, dtype: Any = None) -> Any:
+        """Bring `x` to this backend, without a copy where it is there already."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Give an uninitialised C-ordered array for a result."""
+
+    def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
+        """``out = x @ W + b`` for `x` (N, D), `W` (D, K), `b` (K,) or None, `out` (N, K)."""
+
+    def affine_backward(
+        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
+    ) -> None:
+        """``dx = dout @ W.T``, ``dW = x.T @ dout``, ``db = Σ_n dout``: each into its array, or not at all if None.
+
+        With `accumulate` above 0, `dW` and `db` are added to, `dW` in working memory of at most ``2·D·accumulate`` numbers;
+        `dx` is always overwritten.
+        """
+
+    def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
+        """Check class ids of any integer dtype and bring them to the form of `Target.ids`.
+
+        Returns the ids as int64, the row weights ``m_n`` (``w_{t_n}``, 0 for an ignored row; None if `weight` is None)
+        and ``Σ_n m_n`` (a float on a host, a 0-d float64 array on a device). A host raises ValueError for an id outside
+        ``[0, n_classes)``; a device writes `INVALID`, row weight 0, and sets its error flag.
+        """
+
+    def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+        """One sweep over the logits ``(N, C)``: the loss and what the backward sweep needs of each row."""
+
+    def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+        """Write ``out = row_scale·((A + 2λ·m·(M + S))·p − y)·∂z/∂r``; only `row_max`, `log_sum` and `mass` are read.
+
+        `row_scale` has shape ``(N,)`` or ``(1,)`` and dtype ``acc``. `out` may be `logits` itself. Ignored and invalid
+        rows are written as 0.
+        """
+
+    def cross_entropy_forward_backward(
+        self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool
+    ) -> Rows:
+        """Both sweeps in one, bitwise equal to calling them in turn."""
+
+    def total(self, x: Any) -> Any:
+        """Sum a vector, of dtype acc, in float64: a number on a host, a 0-d array on a device."""
+
+    def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+        """Compute Σ loss over class ids without options, how many count, and the mean's gradient into `out` unless None.
+
+        All in one call, for problems so small that calls are what takes time, and to the same bits as the operations above.
+        Unlike theirs, the arguments were not checked: None, with nothing written, says that those operations must do it.
+        """
+
+    def check(self) -> None:
+        """Wait for work under way and raise the ValueError of a class id out of range, if there was one."""
+
+    def info(self) -> dict[str, str]:
+        """Say what `swl info` prints of this backend."""
+
+
+class _Nothing:
+    """Do nothing in a ``with`` block, at half of what `contextlib.nullcontext` costs.
+
+    ``"".format`` runs in C, takes whatever ``with`` gives it, and returns ``""``, which lets an exception pass.
+    """
+
+    __slots__ = ()
+    __enter__ = __exit__ = "".format
+
+
+NOTHING = cast("AbstractContextManager[object]", _Nothing())
+"""The `Backend.scope` of a host."""

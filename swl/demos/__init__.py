@@ -1,0 +1,1 @@
+"""What the command ``swl train`` runs."""

@@ -1,0 +1,1 @@
+"""The operations as functions, and what is O(N) in them."""
