@@ -282,6 +282,97 @@ def test_autocast(dtype: Any) -> None:
     torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+@contextlib.contextmanager
+def default(setter: Any, value: Any, before: Any) -> Any:
+    setter(value)
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+DEFAULTS = {
+    "with a device": lambda: torch.device("meta"),
+    "set_default_device": lambda: default(torch.set_default_device, "meta", None),
+    "set_default_dtype": lambda: default(torch.set_default_dtype, torch.float64, torch.float32),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # by forward mode, at its first use
+@pytest.mark.parametrize("of", DEFAULTS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_results_are_on_the_device_of_the_input(of: str, reduction: str) -> None:
+    """And of its dtype: whatever torch's defaults are, nothing changes."""
+    x, W, b = torch.randn(6, 5), torch.randn(5, 5), torch.randn(5)
+    w, s, ids = torch.rand(5), torch.rand(6), torch.randint(0, 4, (6, 2))
+    options = {"reduction": reduction, "ignore_index": -100}
+    modules = (
+        swl.torch.CrossEntropyLoss(w, **options),
+        swl.torch.LinearCrossEntropyLoss(5, 5, bias=True, **options),
+        swl.torch.LinearCrossEntropyLoss(5, 4, out_features=(2,), reduction=reduction),
+        swl.torch.Affine(5, 5),
+    )
+    ce, head, positions, layer = modules
+    many = {"weight": w, "sample_weight": s, **OPTIONS, "reduction": reduction}
+    if reduction == "mean":
+        many["denominator"] = 3.0
+    losses = [
+        lambda x, W: swl.torch.cross_entropy(x, IDS, reduction=reduction),
+        lambda x, W: swl.torch.cross_entropy(x, IDS, **many),
+        lambda x, W: swl.torch.cross_entropy(x, W[:1].softmax(1).expand(6, 5), **many),
+        lambda x, W: swl.torch.cross_entropy(x.reshape(2, 5, 3), IDS.reshape(2, 3), reduction=reduction),
+        lambda x, W: swl.torch.cross_entropy(x.repeat(100, 200), IDS.repeat(100), reduction=reduction),
+        lambda x, W: swl.torch.linear_cross_entropy(x, W, IDS, linear_bias=b, **many),
+        lambda x, W: swl.torch.linear_cross_entropy(x, W, x.softmax(1), memory_budget=100, **many),
+        lambda x, W: swl.torch.affine(x, W, b),
+        lambda x, W: ce(x, IDS),
+        lambda x, W: head(layer(x), IDS),
+        lambda x, W: positions(x, ids),
+    ]
+
+    def run(loss: Any) -> list[Any]:
+        """Compute in every way: without gradients, eagerly, differentiated twice, transformed."""
+        inputs = x.clone().requires_grad_(), W.clone().requires_grad_()
+        with torch.no_grad():
+            out = [loss(*inputs)]
+        value = loss(*inputs)
+        up = torch.ones_like(value)
+        once = torch.autograd.grad(value, inputs, up, retain_graph=True, materialize_grads=True)
+        again = torch.autograd.grad(value, inputs, up, create_graph=True, materialize_grads=True)
+        twice = torch.autograd.grad(again[0].square().sum(), inputs, materialize_grads=True, allow_unused=True)
+        summed = lambda *inputs: loss(*inputs).sum()  # noqa: E731
+        out += [value, *once, *again, *twice, *torch.func.grad(summed, (0, 1))(x, W)]
+        return [*out, *torch.func.jvp(summed, (x, W), (x, W))]
+
+    for k, loss in enumerate(losses):
+        want = run(loss)
+        with DEFAULTS[of]():
+            got = run(loss)
+        for a, b_ in zip(got, want, strict=True):
+            assert a.device == b_.device, k
+            close(a, b_)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own imports
+@pytest.mark.parametrize("of", DEFAULTS)
+def test_compiled_results_are_on_the_device_of_the_input(of: str) -> None:
+    torch._dynamo.reset()
+    x, W = torch.randn(6, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+
+    def loss(x: Any, W: Any) -> Any:
+        h = swl.torch.affine(x, W)
+        return swl.torch.cross_entropy(h, IDS, denominator=3.0) + swl.torch.linear_cross_entropy(h, W, IDS)
+
+    want = loss(x, W)
+    wants = torch.autograd.grad(want, (x, W))
+    with DEFAULTS[of]():
+        got = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, W)
+        gots = torch.autograd.grad(got, (x, W))
+    for a, b in zip((got, *gots), (want, *wants), strict=True):
+        assert a.device == b.device
+        close(a, b)
+
+
 def test_float16_gradients_survive_a_loss_scale() -> None:
     x, t = torch.zeros(70_000, 4, dtype=torch.float16, requires_grad=True), torch.zeros(70_000, dtype=torch.int64)
     (swl.torch.cross_entropy(x, t).float() * 32768).backward()

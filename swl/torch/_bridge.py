@@ -15,7 +15,7 @@ from swl.backends import Backend, active, get
 from swl.backends.registry import _REGISTRY
 from swl.errors import BackendUnavailable
 
-__all__ = ["Bridge", "Cuda", "Host", "bridge", "share_memory_pool"]
+__all__ = ["Bridge", "Cuda", "Host", "bridge", "host_scalar", "share_memory_pool"]
 
 
 class Bridge(Protocol):
@@ -132,6 +132,14 @@ def bridge(t: Tensor) -> Bridge:
     if t.is_cuda:
         return Cuda(t.device.index)
     raise TypeError(f"tensors must be on a CPU or a CUDA device, got one on {t.device}")
+
+
+_CPU = torch.device("cpu")
+
+
+def host_scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """Return a 0-d tensor on the CPU, whatever torch's default device is."""
+    return torch.scalar_tensor(value, dtype=dtype, device=_CPU)
 
 
 def share_memory_pool() -> None:

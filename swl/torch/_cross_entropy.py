@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swl.backends import Rows
+from swl.torch._bridge import host_scalar
 from swl.torch._loss import (
     NO_TENSORS,
     Loss,
@@ -112,7 +113,7 @@ def cross_entropy(
         if small is not None:
             if tracked:
                 return _apply(input, target, _without_options(ignore_index), input.dtype, small)
-            return torch.scalar_tensor(small[0], dtype=input.dtype)
+            return host_scalar(small[0], input.dtype)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     setting = settings(reduction, ignore_index, label_smoothing, z_loss, softcap)
@@ -159,7 +160,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.options = options
         if small is not None:
             ctx.loss, ctx.gradient = None, small[1]
-            return torch.scalar_tensor(small[0], dtype=dtype)
+            return host_scalar(small[0], dtype)
         ctx.loss = loss = Loss.of(input, target, *options)
         with loss.bridge.scope():
             one_sweep = loss.bridge.on_host and options[1].reduction != "none" and input.dtype is not torch.float16

@@ -15,7 +15,7 @@ from swl.ops.checks import F32, F64
 from swl.ops.loss import SMALL
 from swl.ops.problem import Problem, problem
 from swl.options import Options, Reduction
-from swl.torch._bridge import Bridge, bridge
+from swl.torch._bridge import Bridge, bridge, host_scalar
 
 __all__ = [
     "FLOATS",
@@ -331,7 +331,7 @@ class Loss(NamedTuple):
             value = float(total)
             if p.denominator is not None:
                 value = value / p.denominator if p.denominator else math.nan
-            return torch.scalar_tensor(value, dtype=dtype)
+            return host_scalar(value, dtype)
         return self.bridge.tensor(total if p.denominator is None else total / p.denominator).to(dtype)
 
     # -- pieces of the logits
