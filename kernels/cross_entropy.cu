@@ -7,7 +7,7 @@
 //
 //   M = max z    u = z − M    S = log Σ exp u    A = Σ y    d = Σ y·u
 //   loss   = A·S − d + λ·m·(M + S)²
-//   dloss  = scale·((A + 2λ·m·(M + S))·p − y)·∂z/∂r          p = exp(u − S)      ∂z/∂r = 1 − (z/κ)²
+//   dloss  = scale·((A·p − y) + 2λ·m·(M + S)·p)·∂z/∂r        p = exp(u − S)      ∂z/∂r = 1 − (z/κ)²
 //
 // Every kernel is made of three pieces, so that all variants give the same numbers and no option needs a copy:
 //   absorb     takes a pack of logits into the running sums of a thread (Sums), rescaling them when the maximum grows
@@ -39,7 +39,8 @@ struct Problem {
   const A* weight_c;      // w
   const A* row_weight_n;  // m of class ids
   const A* bias_c;
-  A hot, rest, softcap, softcap_inverse, z_loss;  // κ and 1/κ
+  A hot, rest, softcap, z_loss;
+  A softcap_inverse, softcap_inverse_rest;  // 1/κ = inverse + rest, twice as many digits as A has
   A mass_hit, mass_miss;  // A of a class id without weights that hits a column, and of one that does not
   i64 first_class;        // the class id of column 0
 };
@@ -48,12 +49,13 @@ struct Problem {
 #define PROBLEM_PARAMETERS(T)                                                                                          \
   const T *logits_nc, i64 stride, i64 N, i64 C, const i64 *ids_n, const void *probs_nc, int probs_type, i64 probs_row, \
       i64 probs_column, const Acc<T>*weight_c, const Acc<T>*row_weight_n, const Acc<T>*bias_c, Acc<T> hot,             \
-      Acc<T> rest, Acc<T> softcap, Acc<T> softcap_inverse, Acc<T> z_loss, Acc<T> mass_hit, Acc<T> mass_miss,           \
+      Acc<T> rest, Acc<T> softcap, Acc<T> z_loss, Acc<T> softcap_inverse, Acc<T> softcap_inverse_rest,                 \
+      Acc<T> mass_hit, Acc<T> mass_miss,                                                                               \
       i64 first_class
 #define PROBLEM(T)                                                                                                 \
   Problem<T> {                                                                                                     \
     logits_nc, stride, N, C, ids_n, probs_nc, probs_type, probs_row, probs_column, weight_c, row_weight_n, bias_c, \
-        hot, rest, softcap, softcap_inverse, z_loss, mass_hit, mass_miss, first_class                              \
+        hot, rest, softcap, z_loss, softcap_inverse, softcap_inverse_rest, mass_hit, mass_miss, first_class        \
   }
 
 // Where a forward sweep leaves a row; the last three are null unless they were asked for.
@@ -123,19 +125,28 @@ __device__ __forceinline__ void target_group(
   }
 }
 
-// z of one logit, and tanh, from which ∂z/∂r = 1 − tanh²; 0 without a softcap.
+// z of one logit.
 template <typename T>
-__device__ __forceinline__ Acc<T> final_logit(const Problem<T>& p, Acc<T> r, Acc<T>& tanh) {
-  tanh = 0;
-  if (p.softcap == 0) return r;
-  tanh = tanh_of(r * p.softcap_inverse);
-  return p.softcap * tanh;
+__device__ __forceinline__ Acc<T> final_logit(const Problem<T>& p, Acc<T> r) {
+  return p.softcap == 0 ? r : p.softcap * tanh_of(r * p.softcap_inverse);
 }
 
-// z of a group; −inf, which adds nothing to any sum, outside [0, C).
-template <typename T, int V>
+// ∂z/∂r = 1 − tanh²(r/κ) = 4e/(1 + e)² with e = exp(−2|r|/κ): near ±κ, 1 − tanh² would have no digits left.
+template <typename T>
+__device__ __forceinline__ Acc<T> slope_of(const Problem<T>& p, Acc<T> r) {
+  typedef Acc<T> A;
+  const A twice = r < 0 ? -2 * r : 2 * r;
+  const A a = twice * p.softcap_inverse;
+  A e = exp_of(-a);
+  // what the product and 1/κ were rounded by: at a = 16 it would be 8 units in the last place of e
+  if (e != 0) e -= e * (fma_of(twice, p.softcap_inverse, -a) + twice * p.softcap_inverse_rest);
+  return 4 * e / fma_of(e, 2 + e, (A)1);
+}
+
+// z of a group; −inf, which adds nothing to any sum, outside [0, C). With SLOPE also ∂z/∂r, 1 without a softcap.
+template <bool SLOPE, typename T, int V>
 __device__ __forceinline__ void final_logits(
-    const Problem<T>& p, const Span& at, const Pack<T, V>& pack, Acc<T> (&z)[V], Acc<T> (&tanh)[V]) {
+    const Problem<T>& p, const Span& at, const Pack<T, V>& pack, Acc<T> (&z)[V], Acc<T> (&slope)[V]) {
   typedef Acc<T> A;
 #pragma unroll
   for (int i = 0; i < V; ++i) z[i] = widen(pack.x[i]);
@@ -147,11 +158,10 @@ __device__ __forceinline__ void final_logits(
   if (p.softcap != 0) {
 #pragma unroll 1  // V copies of tanh side by side would not leave the rest enough registers
     for (int i = 0; i < V; ++i) {
-      A t;
-      const A capped = final_logit(p, z[0], t);
+      const A capped = final_logit(p, z[0]), steep = SLOPE ? slope_of(p, z[0]) : (A)1;
 #pragma unroll
-      for (int k = 1; k < V; ++k) z[k - 1] = z[k], tanh[k - 1] = tanh[k];
-      z[V - 1] = capped, tanh[V - 1] = t;
+      for (int k = 1; k < V; ++k) z[k - 1] = z[k], slope[k - 1] = slope[k];
+      z[V - 1] = capped, slope[V - 1] = steep;
     }
   }
 #pragma unroll
@@ -216,8 +226,8 @@ template <typename T, bool DENSE, int V>
 __device__ __forceinline__ void absorb_group(
     Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, const Span& at, const Pack<T, V>& group) {
   typedef Acc<T> A;
-  A z[V], tanh[V];
-  final_logits<T, V>(p, at, group, z, tanh);
+  A z[V], slope[V];
+  final_logits<false>(p, at, group, z, slope);
   A max = sums.max;
   if (want.stats) {
 #pragma unroll
@@ -320,7 +330,8 @@ __device__ __forceinline__ Sums<A> combine_block(Sums<A> sums, const Wanted& wan
 template <typename A>
 struct Row {
   A max, log_sum;  // M, S
-  A pull;          // A + 2λ·m·(M + S)
+  A mass;          // A
+  A pull;          // 2λ·m·(M + S)
   A scale;
   A y_hot;  // the class id's own share, (1−ε)·m
   i64 hot;  // the column of the class id; −1 where no column is hit
@@ -343,8 +354,8 @@ __device__ __forceinline__ Row<Acc<T>> open_row(const Problem<T>& p, i64 n, Acc<
 }
 
 template <typename A>
-__device__ __forceinline__ A pull_of(A mass, A z_loss, A m, A max, A log_sum) {
-  return z_loss == 0 ? mass : mass + 2 * z_loss * m * (max + log_sum);  // A + 2λ·m·(M + S)
+__device__ __forceinline__ A pull_of(A z_loss, A m, A max, A log_sum) {
+  return z_loss == 0 ? (A)0 : 2 * z_loss * m * (max + log_sum);  // M and S of a row may be infinite
 }
 
 // Stores what a forward sweep leaves of row n, from the sums of all its columns; one thread per row.
@@ -361,9 +372,9 @@ __device__ __forceinline__ Row<Acc<T>> finish(
 
   A d = row.counts ? sums.dot : (A)0, mass = row.counts ? sums.mass : (A)0, u_hot = 0;
   if (!DENSE && row.hot >= 0) {
-    A r = widen(load(p.logits_nc + n * p.stride + row.hot)), tanh;
+    A r = widen(load(p.logits_nc + n * p.stride + row.hot));
     if (p.bias_c) r += load_shared_by_rows(p.bias_c + row.hot);
-    u_hot = final_logit(p, r, tanh) - M;
+    u_hot = final_logit(p, r) - M;
     if (row.y_hot != 0) d += row.y_hot * u_hot;
     mass += row.y_hot;
   }
@@ -385,7 +396,8 @@ __device__ __forceinline__ Row<Acc<T>> finish(
   }
   row.max = M;
   row.log_sum = S;
-  row.pull = pull_of(mass, p.z_loss, m, M, S);
+  row.mass = mass;
+  row.pull = pull_of(p.z_loss, m, M, S);
   return row;
 }
 
@@ -394,8 +406,8 @@ template <typename T, bool DENSE, int V>
 __device__ __forceinline__ Pack<T, V> gradient_group(
     const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, const Pack<T, V>& group) {
   typedef Acc<T> A;
-  A z[V], tanh[V], y[V], q[V];
-  final_logits<T, V>(p, at, group, z, tanh);
+  A z[V], slope[V], y[V], q[V];
+  final_logits<true>(p, at, group, z, slope);
   target_group<T, DENSE, V>(p, n, at, y, q);
   const i64 offset = row.hot - at.c;
   const int hot = offset >= 0 && offset < V ? (int)offset : -1;
@@ -404,8 +416,9 @@ __device__ __forceinline__ Pack<T, V> gradient_group(
   for (int i = 0; i < V; ++i) {
     if (!DENSE && i == hot) y[i] += row.y_hot;
     const A prob = exp_of(z[i] - row.max - row.log_sum);
-    A g = (row.pull * prob - y[i]) * row.scale;  // ∂L/∂z = (A + 2λ·m·(M + S))·p − y
-    if (p.softcap != 0) g *= 1 - tanh[i] * tanh[i];
+    // ∂L/∂z = (A·p − y) + 2λ·m·(M + S)·p: where A·p is y, what is left of λ has all its digits
+    A g = (row.mass * prob - y[i] + row.pull * prob) * row.scale;
+    if (p.softcap != 0) g *= slope[i];
     grad.x[i] = narrow<T>(g);
   }
   return grad;
@@ -493,11 +506,13 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
     if (!grad_nc) return;
     row.max = __shfl_sync(ALL_LANES, row.max, 0, LANES ? LANES : 32);  // from lane 0 of each row
     row.log_sum = __shfl_sync(ALL_LANES, row.log_sum, 0, LANES ? LANES : 32);
+    row.mass = __shfl_sync(ALL_LANES, row.mass, 0, LANES ? LANES : 32);
     row.pull = __shfl_sync(ALL_LANES, row.pull, 0, LANES ? LANES : 32);
     row.scale = __shfl_sync(ALL_LANES, row.scale, 0, LANES ? LANES : 32);
     row.y_hot = __shfl_sync(ALL_LANES, row.y_hot, 0, LANES ? LANES : 32);
     row.hot = __shfl_sync(ALL_LANES, row.hot, 0, LANES ? LANES : 32);
     row.counts = __shfl_sync(ALL_LANES, (int)row.counts, 0, LANES ? LANES : 32);
+    __syncwarp();  // lane 0 has read logits[hot], which a gradient may overwrite: shuffles do not order memory
   } else {
     sums = combine_block(sums, want, warps);
     if (threadIdx.x == 0) {
@@ -600,14 +615,15 @@ __global__ void __launch_bounds__(256, 4)
     Row<A> row = open_row<T, DENSE>(p, n, m, id);
     row.max = load(row_max_n + n);
     row.log_sum = load(log_sum_n + n);
-    row.pull = pull_of(load(mass_n + n), p.z_loss, m, row.max, row.log_sum);
+    row.mass = load(mass_n + n);
+    row.pull = pull_of(p.z_loss, m, row.max, row.log_sum);
     row.scale = load(row_scale_n + n * scale_stride);
     rows[threadIdx.x] = row;
   }
   __syncthreads();  // a row's threads read what one thread wrote
   const i64 n = first + r;
   if (n >= N) return;
-  const Row<A> row = rows[r];
+  const Row<A>& row = rows[r];
   const T* logits = logits_nc + n * stride;
   T* grad = grad_nc + n * grad_stride;
   const int lead = lead_of<T, V>(logits);

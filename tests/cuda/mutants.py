@@ -197,12 +197,39 @@ MUTANTS = (
         "if (y[i] != 0) sums.dot += y[i] * u;",
         "sums.dot += y[i] * u;",
     ),
-    Mutant("no slope of the softcap", "cross_entropy", "if (p.softcap != 0) g *= 1 - tanh[i] * tanh[i];", ""),
+    Mutant("no slope of the softcap", "cross_entropy", "if (p.softcap != 0) g *= slope[i];", ""),
+    Mutant(
+        "the slope of a saturated softcap from 1 − tanh²",
+        "cross_entropy",
+        "return 4 * e / fma_of(e, 2 + e, (A)1);",
+        "return 1 - tanh_of(r * p.softcap_inverse) * tanh_of(r * p.softcap_inverse);",
+        "digits",
+    ),
+    Mutant(
+        "the softcap's exponent as it was rounded",
+        "cross_entropy",
+        "e -= e * (fma_of(twice, p.softcap_inverse, -a) + twice * p.softcap_inverse_rest);",
+        "e -= 0;",
+        "digits",
+    ),
+    Mutant(
+        "z-loss is added to the mass before the target is taken off",
+        "cross_entropy",
+        "(row.mass * prob - y[i] + row.pull * prob)",
+        "((row.mass + row.pull) * prob - y[i])",
+        "digits",
+    ),
+    Mutant(
+        "no order between lane 0's look at the hot logit and the gradient over it",
+        "cross_entropy",
+        "    __syncwarp();  // lane 0",
+        "    // lane 0",
+    ),
     Mutant(
         "z-loss missing from the gradient",
         "cross_entropy",
-        "return z_loss == 0 ? mass : mass + 2 * z_loss * m * (max + log_sum);",
-        "return mass;",
+        "return z_loss == 0 ? (A)0 : 2 * z_loss * m * (max + log_sum);",
+        "return 0;",
     ),
     Mutant(
         "the bias of the neighbouring class",
@@ -308,6 +335,8 @@ def check_of(mutant: Mutant) -> None:
         checks.check_affine(make, FLOAT)
     elif mutant.check == "offset":
         checks.check_offsets(make)
+    elif mutant.check == "digits":
+        checks.check_digits(make)
     elif mutant.check == "shard":
         checks.check_shard(make)
     else:

@@ -66,6 +66,10 @@ def test_a_shard_of_the_classes() -> None:
     checks.check_shard(make)
 
 
+def test_what_cancels_in_the_formula_keeps_its_digits() -> None:
+    checks.check_digits(make)
+
+
 def test_a_nan_stays_in_its_row() -> None:
     z = np.random.default_rng(0).normal(size=(4, 3000)).astype(np.float32)
     backend = make()

@@ -242,6 +242,20 @@ def test_arrays_come_without_a_copy(backend: CupyBackend) -> None:
     assert backend.asarray(Foreign()).data.ptr == x.data.ptr
 
 
+@pytest.mark.parametrize("row", [9, 10])
+def test_elements_off_their_boundary_are_refused(backend: CupyBackend, row: int) -> None:
+    store = backend.asarray(np.zeros(4 * row, np.uint8))
+    x = store.reshape(4, row)[:, :8].view(np.float32)
+    assert x.strides == (row, 4)
+    ids = backend.asarray(np.zeros(4, int))
+    with pytest.raises(ValueError, match=rf"multiples of 4 bytes only, got .* strides \({row}, 4\)"):
+        swl.cross_entropy(x, ids)
+    with pytest.raises(ValueError, match="multiples of 4 bytes only"):
+        swl.affine(x, backend.asarray(np.ones((2, 3), np.float32)))
+    swl.cross_entropy(x[:1], ids[:1])  # a row of no neighbour, or an array of no element, lies where it may
+    swl.affine(x[:0], backend.asarray(np.ones((2, 3), np.float32)))
+
+
 def test_info_names_versions_and_devices(backend: CupyBackend) -> None:
     found = backend.info()
     assert found["driver"] == "CUDA 12.9"

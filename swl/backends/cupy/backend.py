@@ -12,6 +12,7 @@ import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -280,6 +281,8 @@ class CupyBackend:
                 x = xp.asarray(x)
             else:
                 x = xp.asarray(np.asarray(x, dtype=dtype))
+        if x.data.ptr % x.itemsize or any(step % x.itemsize for step in x.strides):
+            _refuse_misaligned(x)
         if dtype is None or x.dtype == dtype:
             return x
         with x.device:
@@ -609,9 +612,10 @@ class CupyBackend:
             acc(target.hot),
             acc(target.rest),
             acc(target.softcap),
-            acc(1 / target.softcap if target.softcap else 0),
             acc(target.z_loss),
-            acc(target.hot + target.rest * C),
+            *_inverse(target.softcap, acc),
+            # of one class it is y itself, rounded as the kernels round that
+            acc(target.hot) + acc(target.rest) if C == 1 else acc(target.hot + target.rest * C),
             acc(target.rest * C),
             _i64(target.first_class),
         )
@@ -660,6 +664,25 @@ def _on(device: Any, stream: Any) -> Iterator[None]:
 
 def _or_null(x: Any | None) -> Any:
     return _NULL if x is None else x
+
+
+@functools.cache
+def _inverse(x: float, acc: Any) -> tuple[Any, Any]:
+    """Give 1/x as the sum of two numbers of dtype `acc`, which has twice its digits; 0 for 0."""
+    if not x:
+        return acc(0), acc(0)
+    high = acc(1 / x)
+    return high, acc(float(1 / Fraction(x) - Fraction(float(high)))) if np.isfinite(high) else acc(0)
+
+
+def _refuse_misaligned(x: Any) -> None:
+    """Raise for elements off the multiples of their size, which no kernel can read, unless they do not exist."""
+    steps = [step for n, step in zip(x.shape, x.strides, strict=True) if n > 1]
+    if x.size and any(where % x.itemsize for where in (x.data.ptr, *steps)):
+        raise ValueError(
+            f"a device reads {x.dtype} at multiples of {x.itemsize} bytes only, got an array of shape {x.shape} with "
+            f"strides {x.strides} at address {x.data.ptr:#x}; copy it on the host first"
+        )
 
 
 def _scale_stride(row_scale: Any) -> int:

@@ -115,9 +115,25 @@ extern thread_local bool progress;
 
 #ifdef SHIM_THREADS
 
+#ifdef __SANITIZE_THREAD__
+extern "C" void AnnotateIgnoreSyncBegin(const char*, int), AnnotateIgnoreSyncEnd(const char*, int);
+extern "C" void AnnotateIgnoreReadsBegin(const char*, int), AnnotateIgnoreReadsEnd(const char*, int);
+extern "C" void AnnotateIgnoreWritesBegin(const char*, int), AnnotateIgnoreWritesEnd(const char*, int);
+#define SHIM_ANNOTATE(what) Annotate##what(__FILE__, __LINE__)
+#else
+#define SHIM_ANNOTATE(what)
+#endif
+
 inline void shim_syncthreads(int) { pthread_barrier_wait(&shim::self->block->barrier); }
 
+// Waits for the warp without ordering its memory: a shuffle does not, and ThreadSanitizer is to see that.
+struct Unordered {
+  Unordered() { SHIM_ANNOTATE(IgnoreSyncBegin), SHIM_ANNOTATE(IgnoreReadsBegin), SHIM_ANNOTATE(IgnoreWritesBegin); }
+  ~Unordered() { SHIM_ANNOTATE(IgnoreWritesEnd), SHIM_ANNOTATE(IgnoreReadsEnd), SHIM_ANNOTATE(IgnoreSyncEnd); }
+};
+
 template <typename T> T shim_exchange(T value, int from, unsigned long long) {
+  const Unordered unordered;
   shim::Thread* t = shim::self;
   const int warp = t->number / 32, turn = t->shuffles++ & 1;  // two buffers by turns: one wait orders a turn
   auto& values = t->block->warps[warp].values[turn];
@@ -125,6 +141,10 @@ template <typename T> T shim_exchange(T value, int from, unsigned long long) {
   pthread_barrier_wait(&t->block->warp_barriers[warp]);
   memcpy(&value, values[from], sizeof(T));
   return value;
+}
+
+inline void shim_syncwarp(int) {
+  pthread_barrier_wait(&shim::self->block->warp_barriers[shim::self->number / 32]);
 }
 
 #else
@@ -169,9 +189,12 @@ template <typename T> T shim_exchange(T value, int from, unsigned long long tag)
   return value;
 }
 
+inline void shim_syncwarp(int line) { shim_exchange(0, 0, (unsigned long long)line << 16 | 0xffff); }
+
 #endif
 
 #define __syncthreads() shim_syncthreads(__LINE__)
+#define __syncwarp() shim_syncwarp(__LINE__)
 
 inline int shim_lane(unsigned mask, int width) {
   if (mask != 0xffffffffu) shim::fail("a shuffle of less than a warp is not emulated");
