@@ -608,4 +608,4 @@ def _kernel_cache() -> str:
     """Name the folder that compiled kernels of the CPU are kept in."""
     from swl.backends.numba import kernels as _cpu_kernels
 
-    return _cpu_kernels.sweep.stats.cache_path or "none that can be written to: each process compiles"
+    return _cpu_kernels.sweep.stats.cache_path or "none that is safe and can be written to: each process compiles"
