@@ -17,9 +17,14 @@ from swl.functional import (
     linear_cross_entropy,
     linear_cross_entropy_value_and_grad,
 )
+from swl.nn.activations import ReLU, Relu, Sigmoid
+from swl.nn.affine import Affine
+from swl.nn.embedding import Embedding
+from swl.nn.fused_head import AffineSoftmaxWithLoss
 from swl.nn.gradcheck import check_gradients, numerical_gradient
-from swl.nn.layers import Affine, AffineSoftmaxWithLoss, Embedding, ReLU, Relu, Sequential, Sigmoid, SoftmaxWithLoss
+from swl.nn.losses import SoftmaxWithLoss
 from swl.nn.optim import SGD, AdamW
+from swl.nn.sequential import Sequential
 from swl.ops.chunks import Plan, plan
 from swl.warmup import warmup
 

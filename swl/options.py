@@ -50,6 +50,10 @@ class Options(NamedTuple):
     check: bool | None = None
     """True: wait for a device and raise if a class id was out of range. A host always checks."""
 
+    def arrays(self) -> dict[str, Any]:
+        """Return the options that may be arrays, by name; None where not given."""
+        return {name: getattr(self, name) for name in ("weight", "sample_weight", "denominator")}
+
     @classmethod
     def checked(cls, kwargs: OptionKwargs) -> Options:
         """Build the options and check whatever can be checked without the arrays.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import assert_close
 
 import swl
-from swl.ops.loss import cross_entropy_forward
+from swl.ops.cross_entropy import forward
 from swl.options import Options
 
 
@@ -50,7 +50,7 @@ def test_forward_and_backward_are_bitwise_the_fused_pass(backend: Any, case: Cas
     fused_loss, fused, fused_stats = swl.cross_entropy_value_and_grad(logits, target, dout=dout, stats=True, **options)
     plain_loss, plain = swl.cross_entropy_value_and_grad(logits, target, dout=dout, **options)
     loss, stats = swl.cross_entropy(logits, target, stats=True, **options)
-    two_sweeps = cross_entropy_forward(logits, target, Options.checked(options))
+    two_sweeps = forward(logits, target, Options.checked(options))
     first, second = two_sweeps.backward(dout), two_sweeps.backward(dout)
     for name, a, b in [
         ("loss with stats", fused_loss, loss),

@@ -267,11 +267,11 @@ def test_softmax_with_loss(backend: Any, options: dict[str, Any], kind: str) -> 
 
 
 def test_the_probabilities_are_computed_when_asked_for_and_once(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from swl.ops import loss as passes
+    from swl.ops.loss import Loss
 
     calls = []
-    plain = passes.Pass.probabilities
-    monkeypatch.setattr(passes.Pass, "probabilities", lambda self: calls.append(1) or plain(self))
+    plain = Loss.probabilities
+    monkeypatch.setattr(Loss, "probabilities", lambda self: calls.append(1) or plain(self))
     layer = swl.SoftmaxWithLoss()
     assert layer.y is None
     z = backend.array(rng().normal(size=(3, K)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import assert_close
 
 from swl.backends import Rows
-from swl.ops.loss import logits_problem
+from swl.ops.cross_entropy import check
 from swl.options import Options
 
 
@@ -48,9 +48,8 @@ def test_shards_of_the_classes_combine_to_the_whole(backend: Any, case: Case, cu
         case.options.pop("label_smoothing", None)
     case.dout = 1.0
     logits, target, options, _ = case.on(backend)
-    problem, _, logits_nc = logits_problem(
-        logits, target, Options.checked({**options, "reduction": "none", "denominator": None})
-    )
+    problem = check(logits, target, Options.checked({**options, "reduction": "none", "denominator": None}))
+    logits_nc = problem.source.logits_nc
     ops, whole = problem.backend, problem.target
 
     parts = [ops.cross_entropy_forward(logits_nc[:, a:b], whole.classes(a, b), False) for a, b in ranges]
@@ -96,7 +95,8 @@ def test_a_bias_is_added_to_the_logits_before_the_softcap(backend: Any, dtype: A
     case.options["softcap"] = softcap
     bias = rng.standard_normal(67).astype(case.acc)
     logits, target, options, _ = case.on(backend)
-    problem, _, logits_nc = logits_problem(logits, target, Options.checked(options))
+    problem = check(logits, target, Options.checked(options))
+    logits_nc = problem.source.logits_nc
     target_with_bias = problem.target._replace(bias=backend.array(bias))
     want = Case(case.logits.astype(np.float64) + bias, case.target, CONTIGUOUS, case.options).answer()
     row_scale, out = backend.array(np.ones(1, case.acc)), problem.backend.empty((5, 67), logits_nc.dtype)
@@ -116,9 +116,8 @@ def test_rows_can_be_worked_on_in_chunks(backend: Any, case: Case, cut: int) -> 
     """`Target.rows` and slices of the logits give the same rows as the whole."""
     case.dout = 1.0
     logits, target, options, _ = case.on(backend)
-    problem, _, logits_nc = logits_problem(
-        logits, target, Options.checked({**options, "reduction": "none", "denominator": None})
-    )
+    problem = check(logits, target, Options.checked({**options, "reduction": "none", "denominator": None}))
+    logits_nc = problem.source.logits_nc
     ops, N = problem.backend, problem.n_rows
     cut = min(cut, N)
     scale = backend.array(np.ones(1, case.acc))

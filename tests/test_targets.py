@@ -10,14 +10,14 @@ from cases import INTEGERS
 
 import swl
 from swl.backends.protocol import IGNORED, INVALID, Target
-from swl.ops.loss import logits_problem
+from swl.ops.cross_entropy import check
 from swl.options import Options
 
 
 def spec(backend: Any, target: Any, C: int = 4, **options: Any) -> Target:
     logits = np.zeros((*np.shape(target)[:1], C), np.float32)
     options = {k: backend.array(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
-    problem, _, _ = logits_problem(backend.array(logits), backend.array(target), Options.checked(options))
+    problem = check(backend.array(logits), backend.array(target), Options.checked(options))
     return problem.target
 
 
@@ -77,7 +77,7 @@ def test_smoothing_is_split_over_the_classes(backend: Any) -> None:
 def test_probabilities_stay_as_they_are(backend: Any) -> None:
     """No copy and no conversion: a kernel reads any real dtype and any strides."""
     q = backend.array(np.ones((3, 8), np.float16))[:, ::2]
-    problem, _, _ = logits_problem(backend.array(np.zeros((3, 4), np.float32)), q, Options())
+    problem = check(backend.array(np.zeros((3, 4), np.float32)), q, Options())
     assert problem.target.probs.dtype == np.float16
     assert problem.target.probs.strides == q.strides
     assert problem.target.ids is None

@@ -9,9 +9,12 @@ Each row of logits has a target row ``y``, most of it implied::
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
 
 __all__ = ["IGNORED", "INVALID", "NOTHING", "Backend", "Rows", "Target"]
 
@@ -67,6 +70,24 @@ class Rows(NamedTuple):
     entropy: Any = None  # −Σ_c p_c·log p_c, in nats
     log_prob: Any = None  # log p_t, or Σ_c q_c·log p_c; 0 for an ignored row
     argmax: Any = None  # int64
+
+    def cut(self, start: int, stop: int) -> Rows:
+        """Cut out the rows ``[start, stop)``."""
+        return Rows(*(None if field is None else field[start:stop] for field in self))
+
+    @classmethod
+    def joined(cls, xp: Any, parts: Sequence[Rows]) -> Rows:
+        """Join parts that follow one another."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(None if field[0] is None else xp.concatenate(field) for field in zip(*parts, strict=True)))
+
+    @classmethod
+    def of_none(cls, xp: Any, acc: Any, stats: bool) -> Rows:
+        """Make the rows of a loss that has none."""
+        empty = xp.zeros(0, acc)
+        extra = (empty, empty, xp.zeros(0, np.int64)) if stats else ()
+        return cls(empty, empty, empty, empty, empty, *extra)
 
 
 class Backend(Protocol):

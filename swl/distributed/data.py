@@ -8,7 +8,6 @@ as one of them has fewer rows, or more ignored ones.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,12 +23,9 @@ from swl.distributed.comm import (
     in_blocks,
     ordered_sum,
 )
-from swl.distributed.head import ClassParallelHead
 from swl.distributed.transport import over
-from swl.nn.base import Layer, bring
-from swl.nn.fused_head import AffineSoftmaxWithLoss
-from swl.nn.layers import Sequential, SoftmaxWithLoss
-from swl.ops import loss as passes
+from swl.nn.base import Layer, LossLayer, bring
+from swl.nn.sequential import Sequential
 from swl.ops.checks import acc_dtype
 
 __all__ = ["DataParallel"]
@@ -78,7 +74,7 @@ class DataParallel(Layer):
         self.steps = 0
 
         def describe() -> str:
-            if not isinstance(net, Sequential) or not isinstance(net[len(net) - 1], _LOSSES):
+            if not isinstance(net, Sequential) or not isinstance(net[len(net) - 1], LossLayer):
                 raise TypeError(
                     "net must be a Sequential whose last layer is a SoftmaxWithLoss, AffineSoftmaxWithLoss or "
                     f"ClassParallelHead, got {net!r}"
@@ -125,23 +121,23 @@ class DataParallel(Layer):
         if self.check_every and self.steps % self.check_every == 0:
             self.check_parameters()
         self.steps += 1
-        denominator: Any = None
-        finish: Any = None
+        problem: Any = None
 
         def describe() -> str:
-            nonlocal denominator, finish
+            nonlocal problem
             scores = x
             for layer in self.net.layers[:-1]:
                 scores = layer.forward(scores)
-            denominator, finish = _begin(self.loss_layer, scores, t)
+            problem = self.loss_layer.begin(scores, t)
             return ""
 
         with self._scope():
             agree(self.comm, "DataParallel.forward_backward", describe)
             xp, options, share = self._backend.xp, self.loss_layer.options, 1.0
             if options.reduction == "mean" and options.denominator is None:
-                share = _share(xp, denominator, self._total(denominator))
-            loss, dx = finish((bring(self._backend, "dout", dout) if hasattr(dout, "dtype") else dout) * share)
+                share = _share(xp, problem.denominator, self._total(problem.denominator))
+            dout = bring(self._backend, "dout", dout) if hasattr(dout, "dtype") else dout
+            loss, dx = self.loss_layer.finish(problem, t, dout * share)
             if options.reduction != "none" and self.comm.size > 1:
                 loss = xp.asarray(self._total(loss.astype(np.float64) * share), dtype=loss.dtype)
 
@@ -196,21 +192,6 @@ class DataParallel(Layer):
 
     def __repr__(self) -> str:
         return f"DataParallel({self.net!r}, {self.comm.size} ranks)"
-
-
-_LOSSES = (SoftmaxWithLoss, AffineSoftmaxWithLoss, ClassParallelHead)
-
-
-def _begin(loss: Any, x: Any, t: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-    """Check a batch; give the denominator of its rows, and the function of dout that does the rest."""
-    if isinstance(loss, ClassParallelHead):
-        step = loss.begin(x, t)
-        return step.problem.denominator, lambda dout: loss.finish(step, dout)
-    if isinstance(loss, AffineSoftmaxWithLoss):
-        problem = loss._pass(x, t).problem
-    else:
-        problem, _, _ = passes.logits_problem(*loss._inputs(x, t))
-    return problem.denominator, lambda dout: loss.forward_backward(x, t, dout)
 
 
 def _share(xp: Any, part: Any, total: Any) -> Any:

@@ -26,12 +26,14 @@ from swl.backends import Backend, Rows, active, get, resolve
 from swl.backends.protocol import Target
 from swl.distributed.comm import agree, as_numpy, exchange, gather_numbers, in_blocks, sum_in_order
 from swl.distributed.transport import over
-from swl.nn.base import Layer, bring
+from swl.nn.base import LossLayer, bring
 from swl.ops import checks
-from swl.ops.chunks import DEFAULT_BUDGET, Gradients, Plan, plan, sweep
-from swl.ops.loss import AffinePass, empty_like_weights
-from swl.ops.problem import ChunkedProbabilities, Problem, problem
+from swl.ops.affine import Operands, empty_like_weights
+from swl.ops.chunks import DEFAULT_BUDGET, Gradients, Plan, cuts, plan, sweep
+from swl.ops.loss import Problem, problem
 from swl.ops.rows import combine, row_loss
+from swl.ops.targets import CheckedTarget, ChunkedProbabilities
+from swl.ops.topk import Best
 from swl.options import OptionKwargs, Options
 
 __all__ = ["ClassParallelHead"]
@@ -40,15 +42,7 @@ DRAWN_TOGETHER = 1024
 """Classes whose initial weights are drawn from one seed, so that they do not depend on the number of ranks."""
 
 
-class _Step(NamedTuple):
-    """One batch, checked and agreed on by all ranks."""
-
-    problem: Problem  # of all classes; its target has the columns of this rank
-    x: Any  # as it came
-    x2: Any  # (N, D)
-
-
-class ClassParallelHead(Layer):
+class ClassParallelHead(LossLayer):
     """Affine and softmax-cross-entropy over classes that are spread over ranks; the logits are never stored whole.
 
     Parameters
@@ -125,7 +119,6 @@ class ClassParallelHead(Layer):
             raise ValueError("ClassParallelHead needs at least one class on one of the ranks")
         self.dW: Any = None
         self.db: Any = None
-        self.loss: Any = None
         self._weight: Any = None
         if self.options.weight is not None:
             agree(comm, "weight of ClassParallelHead", self._place_weight)
@@ -206,12 +199,9 @@ class ClassParallelHead(Layer):
         stats : RowStats
             Only with ``stats=True``.
         """
-        with self._scope(x=x, t=t):
-            step = self.begin(x, t)
-            rows, _ = self._sweeps(step, None, None, stats)
-            self._saved = step, rows
-            self.loss = step.problem.reduce(rows.loss)
-            return (self.loss, step.problem.stats(rows)) if stats else self.loss
+        done = self.begin(x, t).forward(stats)
+        loss = self._keep(done, t)
+        return (loss, done.stats()) if stats else loss
 
     def backward(self, dout: Any = 1) -> Any:
         """Compute ``dx``, and leave ``dW`` and ``db`` of the classes here on the head.
@@ -229,79 +219,61 @@ class ClassParallelHead(Layer):
         RuntimeError
             Before the first `forward`.
         """
-        step, rows = self._last_forward()
-        with self._scope(dout=dout):
-            return self._sweeps(step, dout, rows, False)[1]
+        return super().backward(dout)
 
     def forward_backward(self, x: Any, t: Any, dout: Any = 1, *, stats: bool = False) -> Any:
         """Compute loss and gradients, bitwise as `forward`, then `backward`: ``loss, dx``, and statistics if asked."""
-        return self.finish(self.begin(x, t), dout, stats=stats)
+        done, gradients = self.begin(x, t).forward_backward(dout, stats)
+        loss, dx = self._keep(done, t), self._give(gradients)
+        return (loss, dx, done.stats()) if stats else (loss, dx)
 
-    def begin(self, x: Any, t: Any) -> _Step:
-        """Check a batch on all ranks; its `problem.denominator` is then known, and `finish` does the rest."""
-        step: _Step | None = None
+    def begin(self, x: Any, t: Any) -> Problem:
+        """Check a batch on all ranks; its `denominator` is then known, and `finish` does the rest."""
+        p: Problem | None = None
 
         def describe() -> str:
-            nonlocal step
-            step = self._check(x, t)
-            p = step.problem
+            nonlocal p
+            p = self._check(x, t)
             # what a device holds is waited for only where that was asked for
             seen = _checksum if p.backend.xp is np or p.options.check else lambda array: "not looked at"
             kind = "probabilities" if p.target.ids is None else f"ids with checksum {seen(p.target.ids)}"
+            assert isinstance(p.source, _Shard)
+            operands = p.source.operands
             return (
-                f"x of shape {step.x.shape} and {step.x.dtype}, target of shape {p.leading}, {kind}, "
+                f"x of shape {operands.x.shape} and {operands.x.dtype}, target of shape {p.leading}, {kind}, "
                 f"sample_weight with checksum {'none' if p.sample_weight is None else seen(p.sample_weight)}"
             )
 
         with self._scope(x=x, t=t):
             agree(self.comm, "ClassParallelHead.forward", describe)
-            assert step is not None
-            return self._share_row_weight(step) if self._weight is not None else step
+            assert p is not None
+            return self._share_row_weight(p) if self._weight is not None else p
 
-    def finish(self, step: _Step, dout: Any = 1, *, stats: bool = False) -> Any:
-        """Do the sweeps of a batch that was begun; returns as `forward_backward`."""
-        with self._scope(x=step.x, dout=dout):
-            rows, dx = self._sweeps(step, dout, None, stats)
-            self._saved = step, rows
-            self.loss = step.problem.reduce(rows.loss)
-            return (self.loss, dx, step.problem.stats(rows)) if stats else (self.loss, dx)
-
-    def _check(self, x: Any, t: Any) -> _Step:
+    def _check(self, x: Any, t: Any) -> Problem:
         """Make the problem of all classes, whose target has the columns here; no other rank is asked."""
         backend, here = get(self.backend), self.W.shape[1]
         if here != self.sizes[self.comm.rank]:
             raise ValueError(f"W had {self.sizes[self.comm.rank]} classes when the head was made, and now has {here}")
-        done = AffinePass.of(backend, bring(backend, "x", x), self.W)
-        acc = checks.acc_dtype(backend.xp.result_type(done.x2, self.W))
-        N, columns = done.x2.shape[0], slice(self.first, self.first + here)
-        probs = None
+        operands = Operands.of(backend, bring(backend, "x", x), self.W)
+        leading, N, columns = operands.leading, operands.x2.shape[0], slice(self.first, self.first + here)
+        target: Any = t if callable(t) else bring(backend, "t", t)
         if callable(t):
-            probs = ChunkedProbabilities(t, slice(0, N), columns)
-        elif (t := bring(backend, "t", t)).shape in ((*done.leading, self.C), (*done.leading, here)) and (
-            t.shape != done.leading
-        ):
-            probs = checks.real_array(backend, "target of probabilities", t)
-            probs = (probs[..., columns] if t.shape[-1] == self.C else probs).reshape(N, here)
-        # where probabilities come from plays no part in the checks of a callable, so the problem has all C classes
-        stand_in = ChunkedProbabilities(lambda r, c: None, slice(0, N), columns)
-        p = problem(
-            backend, t if probs is None else stand_in, done.leading, self.C, acc, self.options._replace(weight=None)
-        )
-        xp = backend.xp
-        target = p.target._replace(
-            probs=probs,
-            first_class=self.first,
-            weight=None if self._weight is None else xp.ascontiguousarray(self._weight, dtype=acc),
-            bias=None if self.b is None else xp.ascontiguousarray(self.b, dtype=acc),
-        )
-        return _Step(p._replace(target=target), done.x, done.x2)
+            target = CheckedTarget(probs=ChunkedProbabilities(t, slice(0, N), columns), count=float(N))
+        elif target.shape in ((*leading, self.C), (*leading, here)) and target.shape != leading:
+            probs = checks.real_array(backend, "target of probabilities", target)
+            probs = (probs[..., columns] if target.shape[-1] == self.C else probs).reshape(N, here)
+            target = CheckedTarget(probs=probs, count=float(N))
+        acc, xp = checks.acc_dtype(operands.dtype(None)), backend.xp
+        options = self.options._replace(weight=None)
+        p = problem(backend, _Shard(self, operands), target, leading, self.C, acc, options, bias=self.b)
+        weight = None if self._weight is None else xp.ascontiguousarray(self._weight, dtype=acc)
+        return p._replace(target=p.target._replace(first_class=self.first, weight=weight))
 
-    def _share_row_weight(self, step: _Step) -> _Step:
+    def _share_row_weight(self, p: Problem) -> Problem:
         """``m_n = w_{t_n}``, known to the rank that has the class, and the denominator that follows from it."""
-        p, xp, here = step.problem, step.problem.backend.xp, self.W.shape[1]
-        ids = p.target.ids
+        xp, here, ids = p.backend.xp, self.W.shape[1], p.target.ids
         if ids is None:
-            return step
+            return p
         m = xp.zeros(ids.size, p.acc)
         if here:
             local = ids - self.first
@@ -311,90 +283,18 @@ class ClassParallelHead(Layer):
         if self.options.reduction == "mean" and self.options.denominator is None:
             total = (m if p.sample_weight is None else m * p.sample_weight).sum(dtype=np.float64)
             p = p._replace(denominator=float(total) if xp is np else total)
-        return step._replace(problem=p._replace(target=p.target._replace(row_weight=m)))
+        return p._replace(target=p.target._replace(row_weight=m))
 
-    def _sweeps(self, step: _Step, dout: Any, known: Rows | None, stats: bool) -> tuple[Rows, Any]:
-        """Sweep: the rows of all classes, and gradients unless `dout` is None."""
-        p, x, W = step.problem, step.x2, self.W
-        backend = p.backend
-        # all ranks must cut the rows alike, and a forward sweep as a backward sweep does, for the same bits
-        cut = plan(x.shape[0], W.shape[0], max(self.sizes), dtype=p.acc, memory_budget=self.memory_budget)
-        blocks = iter(_starts(x.shape[0], cut))
-        across = self._across(step, blocks, stats)
-        if dout is None:
-            return self._sweep(p, x, cut, None, None, None, stats, across), None
-        into = Gradients(
-            dx=backend.empty(x.shape, p.acc),  # in the arithmetic's dtype until it is summed
-            dW=empty_like_weights(backend, W, W.dtype if cut.rows >= x.shape[0] else checks.acc_dtype(W.dtype)),
-            db=None if self.b is None else backend.empty((W.shape[1],), p.acc),
-        )
-        rows = self._sweep(p, x, cut, p.row_scale(dout), into, known, stats, across)
-        p.finish()
-        self.dW = into.dW.astype(W.dtype, copy=False)
-        self.db = None if self.b is None else into.db.astype(self.b.dtype, copy=False)
-        dx = into.dx
-        sum_in_order(self.transport, backend.xp, dx)
-        return rows, dx.astype(x.dtype, copy=False).reshape(step.x.shape)
-
-    def _sweep(
-        self,
-        p: Problem,
-        x: Any,
-        cut: Plan,
-        scale: Any,
-        into: Gradients | None,
-        known: Rows | None,
-        stats: bool,
-        across: Any,
-    ) -> Rows:
-        if self.W.shape[1]:
-            return sweep(p, x, self.W, cut, row_scale=scale, into=into, known=known, stats=stats, across=across)
-        # no classes here: nothing to add to any row, but a share in combining
-        if into is not None:
-            into.dx[...] = 0
-        if known is not None:
-            return known
-        if x.shape[0] == 0:
-            return _nothing(p, 0, 0, stats)[0]
-        parts: list[Rows] = [across(*_nothing(p, start, stop, stats)) for start, stop in _starts(x.shape[0], cut)]
-        return Rows(*(None if a[0] is None else p.backend.xp.concatenate(a) for a in zip(*parts, strict=True)))
-
-    def _across(
-        self, step: _Step, blocks: Iterator[tuple[int, int]], stats: bool
-    ) -> Callable[[Rows, Target, Any], Rows]:
-        """Make the function that combines the rows of a chunk over all ranks."""
-        p, xp, P = step.problem, step.problem.backend.xp, self.comm.size
-        kind = checks.F64 if stats else p.acc  # float64 holds class ids below 2⁵³
-        starts = [sum(self.sizes[:k]) for k in range(P)]
-
-        def packed(fields: list[Any]) -> Any:
-            return xp.stack([field.astype(kind, copy=False) for field in fields])
-
-        def across(rows: Rows, _: Target, plain: Any) -> Rows:
-            a, b = next(blocks)
-            if P == 1:
-                return rows
-            target = p.target.rows(a, b)
-            mine = target.rows(*in_blocks(b - a, P)[self.comm.rank])
-
-            def work(received: Any) -> Any:
-                parts = [_unpacked(part, p.acc) for part in received]
-                masses = [part[-1].astype(p.acc) if stats else None for part in received]
-                return packed(_fields(combine(xp, parts, mine, starts, masses), stats))
-
-            sent = packed([*_fields(rows, stats), plain] if stats else _fields(rows, stats))
-            whole = _unpacked(exchange(self.transport, xp, sent, work), p.acc)
-            with np.errstate(invalid="ignore"):
-                return whole._replace(loss=row_loss(xp, whole, target))
-
-        return across
+    def _give(self, gradients: Any) -> Any:
+        dx, self.dW, self.db = gradients
+        return dx
 
     # ------------------------------------------------------------------------------------------------ without a loss
 
     def predict(self, x: Any) -> Any:
         """Compute the scores of the classes here, shape (..., C_k); no other rank is asked."""
         with self._scope(x=x):
-            return AffinePass.of(self._backend, bring(self._backend, "x", x), self.W).forward(self.b)
+            return Operands.of(self._backend, bring(self._backend, "x", x), self.W).forward(self.b)
 
     def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
         """Find the k classes of all ranks with the largest scores ``x·W + b``.
@@ -412,19 +312,19 @@ class ClassParallelHead(Layer):
         scores : NumPy array, shape (..., k)
             As `predict` gives them, before softcap and softmax.
         """
-        done: AffinePass | None = None
+        operands: Operands | None = None
 
         def describe() -> str:
-            nonlocal done
+            nonlocal operands
             if not 1 <= k <= self.C:
                 raise ValueError(f"k must be at least 1 and at most the number of classes, {self.C}, got {k}")
-            done = AffinePass.of(self._backend, bring(self._backend, "x", x), self.W)
-            return f"k {k}, x of shape {done.x.shape} and {done.x.dtype}"
+            operands = Operands.of(self._backend, bring(self._backend, "x", x), self.W)
+            return f"k {k}, x of shape {operands.x.shape} and {operands.x.dtype}"
 
         with self._scope(x=x):
             agree(self.comm, "ClassParallelHead.top_k", describe)
-            assert done is not None
-            scores, ids = self._local_top(done, k)
+            assert operands is not None
+            scores, ids = self._local_top(operands, k)
 
         def work(received: Any) -> Any:
             ranks, _, n = received.shape
@@ -433,8 +333,7 @@ class ClassParallelHead(Layer):
             return np.concatenate([np.take_along_axis(a, order, axis=1).T for a in every])
 
         merged = exchange(self.comm, np, np.concatenate([scores.T, ids.T]), work)
-        leading = done.leading
-        acc = checks.acc_dtype(done.backend.xp.result_type(done.x2, self.W))
+        leading, acc = operands.leading, checks.acc_dtype(operands.dtype(None))
         return (
             np.ascontiguousarray(merged[k:].T).astype(np.int64).reshape(*leading, k),
             np.ascontiguousarray(merged[:k].T).astype(acc).reshape(*leading, k),
@@ -448,28 +347,21 @@ class ClassParallelHead(Layer):
             ids = ids.argmax(axis=-1)
         return float((classes == ids[..., None]).any(axis=-1).mean())
 
-    def _local_top(self, done: AffinePass, k: int) -> tuple[Any, Any]:
-        """Scores and ids, float64 (N, k), of the best classes here in the order of ids; −inf and C for want of one."""
-        (N, D), here = done.x2.shape, self.W.shape[1]
+    def _local_top(self, operands: Operands, k: int) -> tuple[Any, Any]:
+        """Find scores and ids, float64 (N, k), of the best classes here; −inf and C for want of one."""
+        (N, D), here, backend = operands.x2.shape, self.W.shape[1], self._backend
         scores, ids = np.full((N, k), -np.inf), np.full((N, k), float(self.C))
-        acc = checks.acc_dtype(done.backend.xp.result_type(done.x2, self.W))
+        acc = checks.acc_dtype(operands.dtype(None))
         cut = plan(N, D, max(here, 1), dtype=acc, needs=(), memory_budget=max(1, self.memory_budget // 4))
-        b = None if self.b is None else done.backend.xp.ascontiguousarray(self.b, dtype=acc)
-        for r0, r1 in _starts(N, cut):
-            values, classes = np.empty((r1 - r0, 0)), np.empty((r1 - r0, 0))
-            for c0 in range(0, here, cut.classes):
-                c1 = min(c0 + cut.classes, here)
-                z = done.backend.empty((r1 - r0, c1 - c0), acc)
-                done.backend.affine_forward(done.x2[r0:r1], self.W[:, c0:c1], None if b is None else b[c0:c1], z)
-                z = as_numpy(z)
-                z[np.isnan(z)] = np.inf
-                best = _largest(z, min(k, c1 - c0))
-                values = np.concatenate([values, np.take_along_axis(z, best, axis=1)], axis=1)
-                classes = np.concatenate([classes, best + (self.first + c0)], axis=1)
-                best = _largest(values, min(k, values.shape[1]))
-                values, classes = (np.take_along_axis(a, best, axis=1) for a in (values, classes))
-            scores[r0:r1, : values.shape[1]] = values
-            ids[r0:r1, : values.shape[1]] = classes
+        b = None if self.b is None else backend.xp.ascontiguousarray(self.b, dtype=acc)
+        for r0, r1 in cuts(N, cut.rows):
+            best = Best(np, k)
+            for c0, c1 in cuts(here, cut.classes):
+                z = backend.empty((r1 - r0, c1 - c0), acc)
+                backend.affine_forward(operands.x2[r0:r1], self.W[:, c0:c1], None if b is None else b[c0:c1], z)
+                best.add(as_numpy(z), self.first + c0)
+            if here:
+                scores[r0:r1, : best.ids.shape[1]], ids[r0:r1, : best.ids.shape[1]] = best.scores, best.ids
         return scores, ids
 
     # ------------------------------------------------------------------------------------------------ shards
@@ -501,13 +393,97 @@ class ClassParallelHead(Layer):
         return f"ClassParallelHead({D}, {self.C}; {here} on rank {self.comm.rank} of {self.comm.size})"
 
 
+class _Shard(NamedTuple):
+    """The logits of the classes here: formed in chunks, their rows combined over the ranks."""
+
+    head: ClassParallelHead
+    operands: Operands
+
+    @property
+    def home(self) -> dict[str, Any]:
+        return {"W": self.operands.W}
+
+    def forward(self, p: Problem, stats: bool) -> Rows:
+        return self._sweep(p, None, None, None, stats)
+
+    def forward_backward(self, p: Problem, dout: Any, stats: bool) -> tuple[Rows, Any]:
+        return self._gradients(p, dout, None, stats)
+
+    def backward(self, p: Problem, dout: Any, rows: Rows) -> Any:
+        return self._gradients(p, dout, rows, False)[1]
+
+    def probabilities(self, p: Problem, rows: Rows) -> Any:
+        raise NotImplementedError("the probabilities of a fused head are not formed")
+
+    def _cut(self, p: Problem) -> Plan:
+        """Plan the chunks: all ranks cut the rows alike, and a forward as a backward sweep does, for the same bits."""
+        N, D = self.operands.x2.shape
+        return plan(N, D, max(self.head.sizes), dtype=p.acc, memory_budget=self.head.memory_budget)
+
+    def _gradients(self, p: Problem, dout: Any, known: Rows | None, stats: bool) -> tuple[Rows, Any]:
+        head, (backend, x, x2, W, _) = self.head, self.operands
+        into = Gradients(
+            dx=backend.empty(x2.shape, p.acc),  # in the arithmetic's dtype until it is summed
+            dW=empty_like_weights(backend, W, W.dtype if self._cut(p).rows >= x2.shape[0] else p.acc),
+            db=None if head.b is None else backend.empty((W.shape[1],), p.acc),
+        )
+        rows = self._sweep(p, p.row_scale(dout), into, known, stats)
+        dx, dW, db = into
+        sum_in_order(head.transport, backend.xp, dx)
+        return rows, (
+            dx.astype(x2.dtype, copy=False).reshape(x.shape),
+            dW.astype(W.dtype, copy=False),
+            None if db is None else db.astype(head.b.dtype, copy=False),
+        )
+
+    def _sweep(self, p: Problem, scale: Any, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
+        x, W, cut, xp = self.operands.x2, self.operands.W, self._cut(p), p.backend.xp
+        blocks = list(cuts(x.shape[0], cut.rows))
+        across = self._across(p, iter(blocks), stats)
+        if W.shape[1]:
+            return sweep(p, x, W, cut, row_scale=scale, into=into, known=known, stats=stats, across=across)
+        # no classes here: nothing to add to any row, but a share in combining
+        if into is not None:
+            into.dx[...] = 0
+        if known is not None:
+            return known
+        parts = [across(*_nothing(p, start, stop, stats)) for start, stop in blocks]
+        return Rows.joined(xp, parts) if parts else _nothing(p, 0, 0, stats)[0]
+
+    def _across(
+        self, p: Problem, blocks: Iterator[tuple[int, int]], stats: bool
+    ) -> Callable[[Rows, Target, Any], Rows]:
+        """Make the function that combines the rows of a chunk over all ranks."""
+        xp, comm, transport = p.backend.xp, self.head.comm, self.head.transport
+        P, sizes = comm.size, self.head.sizes
+        kind = checks.F64 if stats else p.acc  # float64 holds class ids below 2⁵³
+        starts = [sum(sizes[:k]) for k in range(P)]
+
+        def packed(fields: list[Any]) -> Any:
+            return xp.stack([field.astype(kind, copy=False) for field in fields])
+
+        def across(rows: Rows, _: Target, plain: Any) -> Rows:
+            a, b = next(blocks)
+            if P == 1:
+                return rows
+            target = p.target.rows(a, b)
+            mine = target.rows(*in_blocks(b - a, P)[comm.rank])
+
+            def work(received: Any) -> Any:
+                parts = [_unpacked(part, p.acc) for part in received]
+                masses = [part[-1].astype(p.acc) if stats else None for part in received]
+                return packed(_fields(combine(xp, parts, mine, starts, masses), stats))
+
+            sent = packed([*_fields(rows, stats), plain] if stats else _fields(rows, stats))
+            whole = _unpacked(exchange(transport, xp, sent, work), p.acc)
+            with np.errstate(invalid="ignore"):
+                return whole._replace(loss=row_loss(xp, whole, target))
+
+        return across
+
+
 def _checksum(x: Any) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(as_numpy(x)).data):08x}"
-
-
-def _starts(N: int, cut: Plan) -> list[tuple[int, int]]:
-    """Give the chunks of rows, as `swl.ops.chunks.sweep` cuts them."""
-    return [(start, min(start + cut.rows, N)) for start in range(0, N, cut.rows)]
 
 
 def _fields(rows: Rows, stats: bool) -> list[Any]:
@@ -532,14 +508,3 @@ def _nothing(p: Problem, start: int, stop: int, stats: bool) -> tuple[Rows, Targ
     top = xp.full(n, -np.inf, p.acc)
     extra = (zero, zero, xp.zeros(n, np.int64)) if stats else ()
     return Rows(zero, top, xp.full(n, np.nan, p.acc), zero, zero, *extra), p.target, zero
-
-
-def _largest(z: Any, k: int) -> Any:
-    """Columns (N, k) of the k largest in each row, rising; of equal ones the first."""
-    N, C = z.shape
-    if N == 0 or k == C:
-        return np.broadcast_to(np.arange(k), (N, k))
-    kth = np.partition(z, C - k, axis=1)[:, C - k, None]
-    above, equal = z > kth, z == kth
-    room = k - above.sum(axis=1, keepdims=True)
-    return np.nonzero(above | (equal & (equal.cumsum(axis=1) <= room)))[1].reshape(N, k)

@@ -8,8 +8,10 @@ from swl.backends import active, get
 from swl.distributed.comm import Grid, gather_numbers, in_blocks
 from swl.distributed.data import DataParallel
 from swl.distributed.head import ClassParallelHead
+from swl.nn.affine import Affine
 from swl.nn.fused_head import AffineSoftmaxWithLoss
-from swl.nn.layers import Affine, Sequential, SoftmaxWithLoss
+from swl.nn.losses import SoftmaxWithLoss
+from swl.nn.sequential import Sequential
 
 __all__ = ["accuracy", "collect", "rows_here", "spread"]
 

@@ -11,9 +11,10 @@ import numpy as np
 from swl.backends import Backend, active, get, resolve, scope
 from swl.ops import checks
 from swl.ops.arrays import beside, to_numpy
+from swl.ops.loss import Loss, Problem
 from swl.options import Options
 
-__all__ = ["Layer", "WithAffineParameters", "bring", "describe"]
+__all__ = ["Layer", "LossLayer", "WithAffineParameters", "bring", "describe"]
 
 
 def bring(backend: Backend, name: str, x: Any) -> Any:
@@ -130,6 +131,64 @@ class Layer:
         return f"{type(self).__name__}()"
 
 
+class LossLayer(Layer):
+    """What the layers that end a network share: they say in `begin` what the loss is, and get the rest from it."""
+
+    options: Options
+    t: Any = None
+    """The target of the last forward, or None."""
+    loss: Any = None
+    """The loss of the last forward, or None."""
+
+    def begin(self, x: Any, t: Any) -> Problem:
+        """Check a batch; its `denominator` is then known, and `finish` does the rest."""
+        raise NotImplementedError
+
+    def finish(self, problem: Problem, t: Any, dout: Any = 1) -> tuple[Any, Any]:
+        """Compute a batch that was begun; returns as `forward_backward`."""
+        done, gradients = problem.forward_backward(dout)
+        return self._keep(done, t), self._give(gradients)
+
+    def forward(self, x: Any, t: Any) -> Any:  # type: ignore[override]
+        """Compute the loss and keep what `backward` needs."""
+        return self._keep(self.begin(x, t).forward(), t)
+
+    def backward(self, dout: Any = 1) -> Any:
+        """Compute the gradient of the input, ``dout·∂loss/∂x``, in a new array.
+
+        Parameters
+        ----------
+        dout : number or 0-d array; under ``reduction="none"`` also shape (...)
+            Gradient of whatever comes after the loss.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first `forward`.
+        """
+        return self._give(self._last_forward().backward(dout))
+
+    def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
+        """Compute loss and gradient in one sweep; bitwise the same as `forward`, then `backward`.
+
+        Returns
+        -------
+        loss, dx : arrays
+        """
+        return self.finish(self.begin(x, t), t, dout)
+
+    def _keep(self, done: Loss, t: Any) -> Any:
+        self._saved, self.t, self.loss = done, t, done.value
+        return self.loss
+
+    def _give(self, gradients: Any) -> Any:
+        """Leave the parameters' gradients on the layer and return the input's."""
+        return gradients
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "t": None, "loss": None}
+
+
 class WithAffineParameters(Layer):
     """A layer with the parameters ``W (D, K)`` and ``b (K,)``, which it keeps as they are given."""
 
@@ -195,4 +254,7 @@ class WithAffineParameters(Layer):
     @property
     def x(self) -> Any:
         """The input of the last `forward`."""
-        return None if self._saved is None else self._saved.x
+        return None if self._saved is None else self._input(self._saved)
+
+    def _input(self, saved: Any) -> Any:
+        return saved.x

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
-from swl.backends import Backend, Rows, get
-from swl.backends.protocol import Target
-from swl.nn.base import WithAffineParameters, bring, describe
+from swl.backends import Backend, Target, get
+from swl.nn.base import LossLayer, WithAffineParameters, bring, describe
+from swl.ops.affine import Operands
 from swl.ops.checks import acc_dtype
 from swl.ops.chunks import DEFAULT_BUDGET, cuts, plan
-from swl.ops.loss import AffinePass, LinearPass
-from swl.ops.rows import combine
+from swl.ops.linear_cross_entropy import check
+from swl.ops.loss import Problem
+from swl.ops.rows import combine, final_logits
+from swl.ops.topk import Best
 from swl.options import OptionKwargs, Options
 
 __all__ = ["AffineSoftmaxWithLoss"]
@@ -22,16 +24,7 @@ SELECTING = 8
 """`top_k` holds a chunk of logits, a partitioned copy, masks, counts and candidates: under eight times the logits."""
 
 
-class _Saved(NamedTuple):
-    done: LinearPass
-    rows: Rows
-
-    @property
-    def x(self) -> Any:
-        return self.done.x
-
-
-class AffineSoftmaxWithLoss(WithAffineParameters):
+class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
     """The affine map ``x·W + b``, softmax and cross-entropy as the last layer, in chunks within a memory budget.
 
     It computes what ``Affine(W, b)`` and ``SoftmaxWithLoss(**options)`` compute one after the other, but never stores
@@ -86,8 +79,6 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
             placed = {name: bring(here, name, a) for name, a in arrays.items() if a is not None}
         self.options = checked._replace(**placed)
         self.memory_budget = memory_budget
-        self.t: Any = None
-        self.loss: Any = None
 
     def forward(self, x: Any, t: Any) -> Any:  # type: ignore[override]
         """Compute the loss.
@@ -103,46 +94,14 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
         -------
         0-d array, or shape (...) under ``reduction="none"``
         """
+        return super().forward(x, t)
+
+    def begin(self, x: Any, t: Any) -> Problem:
+        """Check a batch; `finish` computes it."""
+        backend = get(self.backend)
         with self._scope(x=x, t=t):
-            done = self._pass(x, t)
-            return self._keep(done, done.forward(), t)
-
-    def backward(self, dout: Any = 1) -> Any:
-        """Compute the gradient of the inputs, ``dout·∂loss/∂x``, and leave `dW` and `db` on the layer.
-
-        The logits are formed again, chunk by chunk; `forward_backward` spares that product.
-
-        Parameters
-        ----------
-        dout : number or 0-d array; under ``reduction="none"`` also shape (...)
-            Gradient of whatever comes after the loss.
-
-        Returns
-        -------
-        array, of the shape of `x`
-
-        Raises
-        ------
-        RuntimeError
-            Before the first `forward`.
-        """
-        done, rows = self._last_forward()
-        with done.problem.backend.scope(W=done.W, dout=dout):
-            _, (dx, self.dW, self.db) = done.gradients(dout, ("dx", "dW", "db"), known=rows)
-        return dx
-
-    def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
-        """Compute `forward`, then `backward`, in one sweep: three matrix products instead of four.
-
-        Returns
-        -------
-        loss, dx : arrays
-        """
-        with self._scope(x=x, t=t, dout=dout):
-            done = self._pass(x, t)
-            rows, (dx, dW, db) = done.gradients(dout, ("dx", "dW", "db"))
-            self.dW, self.db = dW, db
-            return self._keep(done, rows, t), dx
+            target = t if callable(t) else bring(backend, "t", t)
+            return check(backend, bring(backend, "x", x), self._W, self._b, target, self.options, self.memory_budget)
 
     def predict(self, x: Any) -> Any:
         """Compute the scores ``x·W + b``, shape (..., C), as `Affine` does: without softcap and softmax.
@@ -150,8 +109,8 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
         The result is the only array of that size.
         """
         with self._scope(x=x):
-            done = AffinePass.of(get(self.backend), bring(get(self.backend), "x", x), self._W)
-            return done.forward(self._b, self.memory_budget)
+            operands = Operands.of(get(self.backend), bring(get(self.backend), "x", x), self._W)
+            return operands.forward(self._b, self.memory_budget)
 
     def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
         """Find the k most probable classes of each row, within the memory budget.
@@ -190,10 +149,10 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
         if not 1 <= k <= C:
             raise ValueError(f"k must be in [1, {C}], the number of classes, got {k}")
         with self._scope(x=x):
-            done = AffinePass.of(backend, bring(backend, "x", x), self._W)
-            x2, shape = done.x2, (*done.leading, int(k))
+            operands = Operands.of(backend, bring(backend, "x", x), self._W)
+            x2, shape = operands.x2, (*operands.leading, int(k))
             N, D = x2.shape
-            acc = acc_dtype(backend.xp.result_type(*(a for a in (x2, self._W, self._b) if a is not None)))
+            acc = acc_dtype(operands.dtype(self._b))
             cut = plan(N, D, C, dtype=acc, needs=(), memory_budget=max(1, self.memory_budget // SELECTING))
             ids, log_probs = backend.empty((N, int(k)), np.int64), backend.empty((N, int(k)), acc)
             buffer = backend.empty((min(cut.rows, N) * cut.classes,), acc)
@@ -205,66 +164,30 @@ class AffineSoftmaxWithLoss(WithAffineParameters):
         """Sweep some rows over chunks of classes, and keep the best so far."""
         xp, n, C = backend.xp, x.shape[0], self._W.shape[1]
         whole = Target(ids=xp.zeros(n, np.int64))  # any class will do: only M and S are wanted
-        rows = ids = z = None
+        capped = Target(softcap=self.options.softcap or 0.0)
+        rows, best = None, Best(xp, k)
         for c0, c1 in cuts(C, classes):
             logits = buffer[: n * (c1 - c0)].reshape(n, c1 - c0)
             backend.affine_forward(x, self._W[:, c0:c1], None if self._b is None else self._b[c0:c1], logits)
-            if self.options.softcap is not None:  # z = κ·tanh(r/κ)
-                logits /= self.options.softcap
-                xp.tanh(logits, out=logits)
-                logits *= self.options.softcap
+            logits = final_logits(xp, logits, capped)
             here = backend.cross_entropy_forward(logits, whole.classes(c0, c1), False)
             rows = here if rows is None else combine(xp, (rows, here), whole, (0, c0), (None, None))
-            logits = xp.where(
-                xp.isnan(logits), buffer.dtype.type(np.inf), logits
-            )  # a NaN comes first, in rows that are NaN anyhow
-            order = _largest(xp, logits, min(k, c1 - c0))
-            best, at = xp.take_along_axis(logits, order, axis=1), order + c0
-            ids, z = (at, best) if z is None else _merge(xp, (ids, at), (z, best), k)
+            best.add(logits, c0)
         assert rows is not None  # there is a class
         with np.errstate(invalid="ignore"):
-            return ids, z - rows.row_max[:, None] - rows.log_sum[:, None]
+            return best.ids, best.scores - rows.row_max[:, None] - rows.log_sum[:, None]
 
     def _scope(self, **arrays: Any) -> AbstractContextManager[object]:
         return get(self.backend).scope(W=self._W, **arrays)
 
-    def _pass(self, x: Any, t: Any) -> LinearPass:
-        backend = get(self.backend)
-        target = t if callable(t) else bring(backend, "t", t)
-        x = bring(backend, "x", x)
-        return LinearPass.of(backend, x, self._W, self._b, target, self.options, self.memory_budget)
+    def _give(self, gradients: Any) -> Any:
+        dx, self.dW, self.db = gradients
+        return dx
 
-    def _keep(self, done: LinearPass, rows: Rows, t: Any) -> Any:
-        self._saved, self.t = _Saved(done, rows), t
-        self.loss = done.problem.reduce(rows.loss)
-        return self.loss
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "t": None, "loss": None}
+    def _input(self, saved: Any) -> Any:
+        return saved.problem.source.operands.x
 
     def __repr__(self) -> str:
         D, C = self._W.shape
         bias = [] if self._b is not None else ["no bias"]
         return f"AffineSoftmaxWithLoss({', '.join([str(D), str(C), *bias, *describe(self.options)])})"
-
-
-def _largest(xp: Any, z: Any, k: int) -> Any:
-    """Find where the k largest of each row are: largest first, the first of equals first."""
-    if xp is not np:
-        return xp.argsort(-z, axis=1)[:, :k]  # CuPy's sort is stable, and leaves no count for the host to wait for
-    C = z.shape[1]
-    smallest = np.partition(z, C - k, axis=1)[:, C - k, None].copy()  # the k-th largest; the copy frees the rest
-    keep, equal = z > smallest, z == smallest
-    spare = k - keep.sum(axis=1, keepdims=True)
-    equal &= np.cumsum(equal, axis=1, dtype=np.int32) <= spare
-    keep |= equal
-    ids = np.nonzero(keep)[1].reshape(-1, k)
-    order = np.argsort(-np.take_along_axis(z, ids, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(ids, order, axis=1)
-
-
-def _merge(xp: Any, ids: tuple[Any, Any], z: tuple[Any, Any], k: int) -> tuple[Any, Any]:
-    """Merge what two ranges of classes found, the lower range first."""
-    both, values = xp.concatenate(ids, axis=1), xp.concatenate(z, axis=1)
-    order = _largest(xp, values, min(k, values.shape[1]))
-    return xp.take_along_axis(both, order, axis=1), xp.take_along_axis(values, order, axis=1)

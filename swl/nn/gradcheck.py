@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from swl.nn.layers import _gradients, _leaves, _parameters
+from swl.nn.sequential import gradients_of, leaves, parameters_of
 from swl.ops.arrays import beside, to_numpy
 from swl.ops.checks import is_float
 
@@ -335,8 +335,8 @@ def _random_like(y: Any, rng: np.random.Generator) -> Any:
 
 def _of_layer(layer: Any, inputs: tuple[Any, ...], rng: np.random.Generator) -> _Problem:
     layer = copy.deepcopy(layer)
-    for leaf in _leaves([layer]):
-        for name, p in _parameters(leaf).items():
+    for leaf in leaves([layer]):
+        for name, p in parameters_of(leaf).items():
             if p.dtype != np.float64:
                 if not hasattr(leaf, name):
                     raise TypeError(f"parameter {name} of {leaf!r} must be float64 for a check, got {p.dtype}")
@@ -344,8 +344,8 @@ def _of_layer(layer: Any, inputs: tuple[Any, ...], rng: np.random.Generator) -> 
     dout = _random_like(layer.forward(*inputs), rng)
     dx = layer.backward(dout)
     arrays = [("x", inputs[0], dx)] if hasattr(inputs[0], "dtype") and is_float(inputs[0].dtype) else []
-    gradients = {name: to_numpy(g) for name, g in _gradients(layer).items()}
-    arrays += [(name, p, gradients[name]) for name, p in _parameters(layer).items()]
+    gradients = {name: to_numpy(g) for name, g in gradients_of(layer).items()}
+    arrays += [(name, p, gradients[name]) for name, p in parameters_of(layer).items()]
     return _Problem(lambda: layer.forward(*inputs), dout, arrays)
 
 

@@ -24,8 +24,9 @@ import numpy as np
 from swl.backends import Rows
 from swl.backends.protocol import Target
 from swl.ops.checks import acc_dtype, check_needs
-from swl.ops.problem import ChunkedProbabilities, Problem
-from swl.ops.rows import combine
+from swl.ops.loss import Problem
+from swl.ops.rows import combine, plain_mass
+from swl.ops.targets import ChunkedProbabilities
 
 __all__ = ["DEFAULT_BUDGET", "Plan", "plan", "sweep"]
 
@@ -226,7 +227,7 @@ def sweep(
         target = p.target.rows(r0, r1)
         scale = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[r0:r1]
         chunk = _Chunk(p, x[r0:r1], W, buffer, cut, r0 == 0, across)
-        rows = None if known is None else Rows(*(None if a is None else a[r0:r1] for a in known))
+        rows = None if known is None else known.cut(r0, r1)
         mine = None if into is None else into._replace(dx=None if into.dx is None else into.dx[r0:r1])
         if cut.classes >= C:
             parts.append(chunk.whole(target, scale, mine, rows, stats))
@@ -241,12 +242,8 @@ def sweep(
             for gradient in into:
                 if gradient is not None:
                     gradient[...] = 0
-        empty = xp.zeros(0, p.acc)
-        extra = (empty, empty, xp.zeros(0, np.int64)) if stats else ()
-        return Rows(empty, empty, empty, empty, empty, *extra)
-    if len(parts) == 1:
-        return parts[0]
-    return Rows(*(None if a[0] is None else xp.concatenate(a) for a in zip(*parts, strict=True)))
+        return Rows.of_none(xp, p.acc, stats)
+    return Rows.joined(xp, parts)
 
 
 class _Chunk(NamedTuple):
@@ -269,7 +266,7 @@ class _Chunk(NamedTuple):
     def _target(self, target: Target, c0: int, c1: int) -> Target:
         target = target if (c0, c1) == (0, self.W.shape[1]) else target.classes(c0, c1)
         if isinstance(target.probs, ChunkedProbabilities):
-            target = target._replace(probs=target.probs.array(self.problem))
+            target = target._replace(probs=target.probs.array(self.problem.backend))
         return target
 
     def whole(self, target: Target, scale: Any, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
@@ -333,11 +330,3 @@ class _Chunk(NamedTuple):
         db = None if into.db is None else into.db[columns]
         tile = 0 if self.first else max(1, self.cut.tile)
         self.problem.backend.affine_backward(G, self.x, self.W[:, columns], None, dW, db, accumulate=tile)
-
-
-def plain_mass(xp: Any, target: Target, n_classes: int, acc: Any) -> Any:
-    """Σ_c q_c over the target's classes: the target's mass there without weights or smoothing, shape (N,)."""
-    if target.ids is None:
-        return target.probs.sum(axis=1, dtype=acc)
-    local = target.ids - target.first_class
-    return ((local >= 0) & (local < n_classes) & (target.ids >= 0)).astype(acc)

@@ -17,7 +17,7 @@ import numpy as np
 from swl.backends import Rows
 from swl.backends.protocol import IGNORED, INVALID, Target
 
-__all__ = ["combine", "row_loss"]
+__all__ = ["combine", "final_logits", "plain_mass", "row_loss"]
 
 
 def row_loss(xp: Any, rows: Rows, target: Target) -> Any:
@@ -110,3 +110,20 @@ def _sum(terms: list[Any]) -> Any:
 def _times(xp: Any, mass: Any, value: Any) -> Any:
     """mass·value, and 0 without mass, at −inf too."""
     return xp.where(mass == 0, value.dtype.type(0), mass * value)
+
+
+def final_logits(xp: Any, z: Any, target: Target) -> Any:
+    """Turn logits ``r + bias``, which may be written over, into ``z = κ·tanh(r/κ)``; as they are without a softcap."""
+    if target.softcap:
+        z /= target.softcap
+        z = xp.tanh(z, out=z)
+        z *= target.softcap
+    return z
+
+
+def plain_mass(xp: Any, target: Target, n_classes: int, acc: Any) -> Any:
+    """Σ_c q_c over the target's classes: the target's mass there without weights or smoothing, shape (N,)."""
+    if target.ids is None:
+        return target.probs.sum(axis=1, dtype=acc)
+    local = target.ids - target.first_class
+    return ((local >= 0) & (local < n_classes) & (target.ids >= 0)).astype(acc)

@@ -8,14 +8,17 @@ a loss scale reaches it, on a second backward, and in a compiled graph, backward
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swl.backends import Rows
+from swl.ops.affine import Operands
 from swl.ops.chunks import DEFAULT_BUDGET
-from swl.ops.loss import AffinePass, LinearPass
+from swl.ops.linear_cross_entropy import ALL
+from swl.ops.linear_cross_entropy import check as check_linear
 from swl.options import Options
 from swl.torch._bridge import Bridge, bridge
 from swl.torch._cross_entropy import cross_entropy
@@ -104,14 +107,14 @@ def _check_affine(input: Tensor, weight: Tensor, bias: Tensor | None, names: tup
             raise TypeError(f"{x} is {input.dtype} on {input.device} but {name} is {t.dtype} on {t.device}")
 
 
-def _pass(here: Bridge, input: Tensor, weight: Tensor) -> AffinePass:
-    return AffinePass.of(here.backend, here.array(input), here.array(weight.T))
+def _operands(here: Bridge, input: Tensor, weight: Tensor) -> Operands:
+    return Operands.of(here.backend, here.array(input), here.array(weight.T))
 
 
 def _affine(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     here = bridge(input)
     with here.scope():
-        y = _pass(here, input, weight).forward(None if bias is None else here.array(bias))
+        y = _operands(here, input, weight).forward(None if bias is None else here.array(bias))
         return here.tensor(y)
 
 
@@ -290,7 +293,7 @@ def linear_cross_entropy(
     else:
         head = _Head(x, linear_weight, t, linear_bias, given, setting, memory_budget)
         with head.bridge.scope():
-            loss = head.reduce(head.linear.forward(), dtype)
+            loss = head.reduce(head.forward(), dtype)
     return loss.view(leading) if setting.reduction == "none" else loss
 
 
@@ -346,6 +349,7 @@ class _Head:
         given: Tensors,
         setting: Settings,
         memory_budget: int,
+        needs: Collection[bool] = (False, False, False),
     ) -> None:
         here = self.bridge = bridge(x)
         with here.scope():
@@ -361,21 +365,27 @@ class _Head:
                 denominator,
             )
             b = None if bias is None else here.array(bias)
-            self.linear = LinearPass.of(
-                here.backend, here.array(x), here.array(linear_weight.T), b, here.array(target), options, memory_budget
-            )
-        self.loss = Loss(here, self.linear.problem, x.shape[:1])
+            names = [name for name, needed in zip(ALL, needs, strict=True) if needed]
+            W, t = here.array(linear_weight.T), here.array(target)
+            self.problem = check_linear(here.backend, here.array(x), W, b, t, options, memory_budget, names)
+        self.loss = Loss(here, self.problem, x.shape[:1])
 
     def reduce(self, rows: Rows, dtype: torch.dtype) -> Tensor:
         return self.loss.reduce(rows.loss, dtype)
 
-    def gradients(
-        self, dout: Any, needs: tuple[bool, bool, bool], known: Rows | None
-    ) -> tuple[Rows, list[Tensor | None]]:
-        names = [name for name, needed in zip(("dx", "dW", "db"), needs, strict=True) if needed]
-        rows, (dx, dW, db) = self.linear.gradients(dout, names, known)
+    def forward(self) -> Rows:
+        return self.problem.source.forward(self.problem, False)
+
+    def both(self) -> tuple[Rows, list[Tensor | None]]:
+        rows, gradients = self.problem.source.forward_backward(self.problem, 1.0, False)
+        return rows, self._tensors(*gradients)
+
+    def backward(self, dout: Any, rows: Rows) -> list[Tensor | None]:
+        return self._tensors(*self.problem.source.backward(self.problem, dout, rows))
+
+    def _tensors(self, dx: Any, dW: Any, db: Any) -> list[Tensor | None]:
         tensor = self.bridge.tensor
-        return rows, [None if g is None else tensor(g) for g in (dx, None if dW is None else dW.T, db)]
+        return [None if g is None else tensor(g) for g in (dx, None if dW is None else dW.T, db)]
 
     def target_gradient(self, rows: Rows, dout: Any, x: Tensor, W: Tensor, b: Tensor | None, o: Any) -> Tensor:
         """Form the logits once more, all of them: this gradient is as large."""
@@ -383,7 +393,7 @@ class _Head:
         with torch.no_grad():
             logits = _logits(x, W, b)
             tensor = self.bridge.tensor
-            scale = tensor(self.linear.problem.row_scale(dout))
+            scale = tensor(self.problem.row_scale(dout))
             return target_gradient(logits, tensor(rows.row_max), tensor(rows.log_sum), scale, given.weight, setting)
 
 
@@ -402,14 +412,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         memory_budget: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        head = _Head(x, linear_weight, target, bias, given, setting, memory_budget)
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        head = _Head(x, linear_weight, target, bias, given, setting, memory_budget, needs)
         with head.bridge.scope():
             ctx.gradients = None
             if setting.reduction != "none" and x.dtype is not torch.float16 and any(needs):
-                rows, ctx.gradients = head.gradients(1.0, needs, None)
+                rows, ctx.gradients = head.both()
             else:
-                rows = head.linear.forward()
+                rows = head.forward()
             ctx.save_for_backward(x, linear_weight, target, bias)
             ctx.head, ctx.rows, ctx.needs, ctx.options = head, rows, needs, (given, setting)
             return head.reduce(rows, dtype)
@@ -428,7 +438,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, W, target, bias = ctx.saved_tensors
             dout = head.loss.dout(grad_output)
             if grads is None:
-                grads = head.gradients(dout, ctx.needs, ctx.rows)[1] if any(ctx.needs) else [None] * 3
+                grads = head.backward(dout, ctx.rows) if any(ctx.needs) else [None] * 3
             if ctx.needs_input_grad[2]:
                 d_target = head.target_gradient(ctx.rows, dout, x, W, bias, ctx.options).to(target.dtype)
         dx, dW, db = grads
@@ -468,7 +478,7 @@ def _operation(
     setting = Settings(reduction, ignore_index, label_smoothing, z_loss, softcap)  # type: ignore[arg-type]
     head = _Head(x, linear_weight, target, bias, given, setting, memory_budget)
     with head.bridge.scope():
-        rows = head.linear.forward()
+        rows = head.forward()
         kept = head.bridge.backend.xp.stack((rows.row_max, rows.log_sum, rows.mass))
         return head.reduce(rows, dtype), head.bridge.tensor(kept)
 
@@ -500,14 +510,14 @@ def _operation_backward(
 ) -> list[Tensor]:
     given = Tensors(weight, sample_weight, denominator)
     setting = Settings(reduction, ignore_index, label_smoothing, z_loss, softcap)  # type: ignore[arg-type]
-    head = _Head(x, linear_weight, target, bias, given, setting, memory_budget)
+    d_x, d_weight, d_target, d_bias = needs
+    head = _Head(x, linear_weight, target, bias, given, setting, memory_budget, (d_x, d_weight, d_bias))
     with head.bridge.scope():
         row_max, log_sum, mass = head.bridge.array(kept)
         rows, dout = Rows(row_max, row_max, log_sum, row_max, mass), head.loss.dout(grad_output)
-        d_x, d_weight, d_target, d_bias = needs
         out: list[Tensor | None] = [None] * 4
         if d_x or d_weight or d_bias:
-            out[0], out[1], out[3] = head.gradients(dout, (d_x, d_weight, d_bias), rows)[1]
+            out[0], out[1], out[3] = head.backward(dout, rows)
         if d_target:
             d = head.target_gradient(rows, dout, x, linear_weight, bias, (given, setting))
             out[2] = d.to(target.dtype)

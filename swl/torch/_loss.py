@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 
 from swl.backends import Rows
 from swl.ops.checks import F32, F64
-from swl.ops.loss import SMALL
-from swl.ops.problem import Problem, problem
+from swl.ops.cross_entropy import SMALL
+from swl.ops.loss import Problem, problem
 from swl.options import Options, Reduction
 from swl.torch._bridge import Bridge, bridge, host_scalar
 
@@ -271,7 +271,8 @@ class Loss(NamedTuple):
                 setting.softcap or None,
                 None if denominator is None else array(denominator),
             )
-            p = problem(here.backend, array(rows), (n,), C, ACC[input.dtype], options)
+            nowhere: Any = None  # the sweeps below know where the logits are
+            p = problem(here.backend, nowhere, array(rows), (n,), C, ACC[input.dtype], options)
         return cls(here, p, input.shape[:1] + input.shape[2:] if input.ndim > 1 else input.shape[:0])
 
     def forward(self, input: Tensor) -> Rows:
@@ -303,8 +304,7 @@ class Loss(NamedTuple):
 
         def one(z: Any, t: Any, out: Any, s: Any) -> None:
             nonlocal done
-            here = Rows(*(None if a is None else a[done : done + z.shape[0]] for a in rows))
-            p.backend.cross_entropy_backward(z, t, here, s, out)
+            p.backend.cross_entropy_backward(z, t, rows.cut(done, done + z.shape[0]), s, out)
             done += z.shape[0]
 
         self._sweep(input, one, self._arrays(parts), scale)
@@ -367,8 +367,7 @@ class Loss(NamedTuple):
             start = stop
         if parts[0] is None:
             return None
-        xp = self.problem.backend.xp
-        return Rows(*(None if a[0] is None else xp.concatenate(a) for a in zip(*parts, strict=True)))
+        return Rows.joined(self.problem.backend.xp, parts)
 
 
 def target_gradient(
