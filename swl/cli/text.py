@@ -1,0 +1,128 @@
+"""``swl train text``: a next-word model with the fused head, and with the unfused one beside it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import swl
+from swl import distributed
+from swl.cli.common import (
+    BACKEND,
+    DISTRIBUTED,
+    Refused,
+    add_flags,
+    add_settings,
+    alone_or_on_ranks,
+    at_least,
+    check_backend,
+    mib,
+    print_ranks,
+    refused_data,
+    settings_of,
+)
+from swl.demos import text, train
+from swl.demos.data import require
+from swl.distributed.comm import from_rank_0, gather_numbers
+
+__all__ = ["add"]
+
+
+def add(datasets: Any) -> None:
+    """Add the command."""
+    parser = datasets.add_parser(
+        "text",
+        help="a next-word model on Python's own documentation",
+        description="Train a next-word model on Python's own documentation: once with the fused head and once with the "
+        "unfused one, each in a process of its own, so that their peak memory can be compared. On the ranks of mpiexec: "
+        "with the fused head, spread over them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--head", choices=["both", "fused", "unfused"], help="which to train with; over ranks fused, else both"
+    )
+    parser.add_argument("--unfused", action="store_const", const="unfused", dest="head", help="as --head unfused")
+    add_flags(parser, BACKEND)
+    add_settings(parser, text.Settings)
+    parser.add_argument("--limit", type=at_least(int, 1), metavar="N", help="use only about the first N words")
+    add_flags(parser, *DISTRIBUTED)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train in a process of its own for each head, or on the ranks of mpiexec."""
+    for name in ("data", "scale", "plot", "save"):  # given before the word text, where they mean something
+        if hasattr(options, name):
+            raise Refused(f"--{name} is not allowed with text")
+    return alone_or_on_ranks(options, lambda comm: _check(options, comm), lambda _, grid: _train(options, grid))
+
+
+def _check(options: argparse.Namespace, comm: Any) -> None:
+    if comm is not None and options.head not in (None, "fused"):
+        raise Refused(f"--head {options.head}: over ranks there is only the fused head, of which each has a part")
+    check_backend(options)
+    with refused_data():
+        require("tqdm", "the progress bar of swl train")
+
+
+def _train(options: argparse.Namespace, grid: distributed.Grid | None) -> int:
+    settings, backend = settings_of(options, text.Settings), check_backend(options)
+    chosen = options.head or ("both" if grid is None else "fused")
+    heads = ("fused", "unfused") if chosen == "both" else (chosen,)
+    results = {}
+
+    def read() -> text.Corpus:
+        return text.corpus(text.documents(), options.limit)
+
+    with refused_data():  # no text, a process that failed, or a checkpoint of another run
+        words = read() if grid is None else from_rank_0(grid.world, read)  # one text, whatever the ranks' Pythons have
+        sizes = f"{len(words.train):,} words to train on, {len(words.held_out):,} held out"
+        print(f"backend {backend}, {settings.dtype}; text: {sizes}, {len(words.vocabulary):,} distinct", flush=True)
+        print_ranks(grid)
+        for head in heads:
+            if grid is None:
+                found = text.train_apart(words, settings, head, backend)
+                for number, loss in enumerate(found.history, 1):
+                    _print_epoch(number, loss)
+            else:
+                found = _train_on_ranks(words, settings, getattr(options, "checkpoint", None), backend, grid)
+            results[head] = found
+            print(
+                f"{head:<8}perplexity {found.perplexity:.2f}  {found.tokens_per_second:,.0f} tokens/s  "
+                f"peak memory {mib(found.peak)}, {mib(found.before)} of it before the first step",
+                flush=True,
+            )
+    if len(results) == 2:
+        logits = settings.batch_size * len(words.vocabulary) * np.dtype(settings.dtype).itemsize
+        peaks = " and ".join(f"{mib(found.peak)} {head}" for head, found in results.items())
+        print(f"peak memory {peaks}; the logits of a batch are {mib(logits)}")
+    unigram = text.unigram_perplexity(words, settings.context)
+    print(f"test perplexity {results[heads[0]].perplexity:.1f}, of the unigram baseline {unigram:.1f}")
+    return 0
+
+
+def _train_on_ranks(
+    words: text.Corpus, settings: text.Settings, folder: Path | None, backend: str, grid: distributed.Grid
+) -> text.Result:
+    """Train the fused head; the memory is that of the rank that had most."""
+    leads = grid.world.rank == 0
+    with swl.use_backend(backend), train.progress(text.steps(words.train, settings), "fused", leads) as on_step:
+        found = text.train(
+            words.train,
+            words.held_out,
+            len(words.vocabulary),
+            settings,
+            on_step=on_step,
+            on_epoch=_print_epoch,
+            grid=grid,
+            checkpoints=None if folder is None else distributed.Checkpoints(folder, grid),
+        )
+    peak, before = gather_numbers(grid.world, found.peak, found.before).max(axis=0)
+    return found._replace(peak=int(peak), before=int(before))
+
+
+def _print_epoch(number: int, loss: float) -> None:
+    require("tqdm", "the progress bar of swl train").tqdm.write(f"epoch {number:3}  loss {loss:.8f}")
