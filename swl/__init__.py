@@ -83,3 +83,7 @@ __all__ = [
     "use_backend",
     "warmup",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__all__", "__doc__", "__version__"]

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swl.backends import active
-from swl.backends.registry import _REGISTRY
+from swl.backends import host
 from swl.functional import cross_entropy as _cross_entropy
 from swl.functional import (
     cross_entropy_value_and_grad,
@@ -41,7 +40,7 @@ class _Call(NamedTuple):
         """Call a function of the library on NumPy arrays."""
         args = tuple(np.asarray(a) for a in args)
         inputs, target, rest = args[: self.inputs], args[self.inputs], args[self.inputs + 1 :]
-        options = dict(self.options) | dict(zip(self.arrays, rest, strict=True)) | {"backend": _host()}
+        options = dict(self.options) | dict(zip(self.arrays, rest, strict=True)) | {"backend": host()}
         if "denominator" in self.arrays:
             options["denominator"] = float(options["denominator"])
         if dout is not None:
@@ -50,10 +49,6 @@ class _Call(NamedTuple):
             return function(*inputs, target, **options)
         x, W, *b = inputs
         return function(x, W, target, *b, **options)
-
-
-def _host() -> str:
-    return active() if _REGISTRY[active()][1] == "host" else "numba"
 
 
 def cross_entropy(logits: Any, target: Any, **options: Unpack[OptionKwargs]) -> jax.Array:

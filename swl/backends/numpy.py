@@ -32,6 +32,9 @@ class NumpyBackend:
             raise TypeError(f"stream is for arrays on a device, but this call is the host's (backend {self.name!r})")
         return NOTHING
 
+    def owns(self, x: Any) -> bool:
+        return type(x) is np.ndarray
+
     def asarray(self, x: Any, dtype: Any = None) -> Any:
         return np.asarray(x, dtype=dtype)
 

@@ -115,6 +115,9 @@ class Backend(Protocol):
         TypeError, naming both, for arrays on two devices; a host backend does for a stream.
         """
 
+    def owns(self, x: Any) -> bool:
+        """Tell whether `x` is an array of this backend, which `asarray` would return as it is."""
+
     def asarray(self, x: Any, dtype: Any = None) -> Any:
         """Bring `x` to this backend, without a copy where it is there already."""
 

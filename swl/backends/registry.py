@@ -22,7 +22,9 @@ __all__ = [
     "BackendInfo",
     "active",
     "available_backends",
+    "device",
     "get",
+    "host",
     "loaded",
     "on_device",
     "resolve",
@@ -38,7 +40,11 @@ _REGISTRY: dict[str, tuple[str, Literal["host", "cuda"]]] = {
     "numba": ("swl.backends.numba.backend", "host"),
     "cupy": ("swl.backends.cupy.backend", "cuda"),
 }
+SPECIFICATION = "numpy"
+"""As short as the equations, and slow."""
 _AUTO = "numba"
+_DEVICE = "cupy"
+"""Where arrays on a device belong."""
 _loaded: dict[str, Backend] = {}
 _chosen: str | None = None
 _in_context: ContextVar[str | None] = ContextVar("swl_backend", default=None)
@@ -117,6 +123,17 @@ def active() -> str:
     if name is not None:
         return name
     return _known(os.environ.get("SWL_BACKEND") or "auto", "SWL_BACKEND")
+
+
+def host() -> str:
+    """Name the backend for host memory: the active one, or the default where that is a device's."""
+    name = active()
+    return name if _REGISTRY[name][1] == "host" else _AUTO
+
+
+def device() -> str:
+    """Name the backend for memory on a device."""
+    return _DEVICE
 
 
 def set_backend(name: str | None) -> None:
@@ -211,6 +228,3 @@ def resolve(asked: str | None, arrays: dict[str, Any]) -> Backend:
             raise TypeError(f"{first[0]} is on {first[1][1]}, where backend {asked!r} cannot reach it")
         return get(asked or _DEVICE)
     return get(asked or active())
-
-
-_DEVICE = "cupy"

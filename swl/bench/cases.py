@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 import swl
+from swl.backends import get, host
 from swl.backends.host.threads import POOL
 from swl.backends.numba.products import product
+from swl.backends.registry import SPECIFICATION
 from swl.bench import peers
 from swl.bench.timing import Call, Case, Contender
 from swl.ops.chunks import DEFAULT_BUDGET
@@ -19,23 +21,22 @@ __all__ = ["CASES", "GROUPS", "logits_case"]
 
 Built = tuple[dict[str, Contender], tuple[Any, ...], float]
 
-OTHERS = tuple(f"swl ({info.name})" for info in swl.available_backends() if info.name != "numba")
-"""The other backends of the registry; plain "swl" is the Numba backend."""
+OURS = host()
+"""The backend that is plain "swl": the active one of the hosts."""
+OTHERS = tuple(f"swl ({info.name})" for info in swl.available_backends() if info.name != OURS)
+"""The other backends of the registry."""
 TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 
 
 def on(backend: str, call: Call) -> Call:
-    """Make a call run on a backend, and wait for its device if it has one; numba is active anyway while measuring."""
-    if backend == "numba":
+    """Make a call run on a backend, and wait for its device if it has one; ours is active anyway while measuring."""
+    if backend == OURS:
         return call
 
     def called() -> Any:
         with swl.use_backend(backend):
             result = call()
-            if backend == "cupy":
-                import cupy
-
-                cupy.cuda.get_current_stream().synchronize()
+            get(backend).check()
             return result
 
     return called
@@ -44,15 +45,15 @@ def on(backend: str, call: Call) -> Call:
 def backends(build: Any, specification: bool = True) -> dict[str, Call]:
     """Give the calls of every usable backend, or of all but the specification, which takes long.
 
-    `build` gives those of the active backend by the ends of their names; but for Numba, only the first counts.
+    `build` gives those of the active backend by the ends of their names; but for ours, only the first counts.
     """
     calls = {}
     for info in swl.available_backends():
-        if info.usable and (specification or info.name != "numpy"):
+        if info.usable and (specification or info.name != SPECIFICATION):
             with swl.use_backend(info.name):
                 for end, call in build().items():
-                    name = "swl" if info.name == "numba" else f"swl ({info.name})"
-                    if info.name == "numba" or not end:
+                    name = "swl" if info.name == OURS else f"swl ({info.name})"
+                    if info.name == OURS or not end:
                         calls[name + end] = on(info.name, call)
     return calls
 
@@ -219,12 +220,12 @@ def after_product(N: int, C: int) -> Built:
     z, t, out = rng.standard_normal((N, C), np.float32), rng.integers(0, C, N), np.empty((N, C), np.float32)
     a, b = (rng.standard_normal((400, 400), np.float32) for _ in range(2))
     x, W, y = rng.standard_normal((N, 256), np.float32), rng.standard_normal((256, C), np.float32), np.empty_like(z)
-    call = on("numba", lambda: swl.cross_entropy_value_and_grad(z, t, out=out))
+    call = on(OURS, lambda: swl.cross_entropy_value_and_grad(z, t, out=out))
     calls = {
         "swl": Contender(call),
         "after a 400³ product": Contender(call, before=lambda: np.matmul(a, b)),
         "after numpy.matmul of its logits": Contender(call, before=lambda: np.matmul(x, W, out=y)),
-        "after swl.affine of its logits": Contender(call, before=on("numba", lambda: swl.affine(x, W))),
+        "after swl.affine of its logits": Contender(call, before=on(OURS, lambda: swl.affine(x, W))),
     }
     return calls, peers.numpy_loss(z, t), 1e-4
 
@@ -234,8 +235,8 @@ def threads(N: int, C: int, dtype: str, options: dict[str, Any]) -> Built:
     rng = np.random.default_rng(0)
     z, t = rng.standard_normal((N, C)).astype(dtype), rng.integers(0, C, N)
     out, all_of_them = np.empty_like(z), POOL.threads
-    call = on("numba", lambda: swl.cross_entropy_value_and_grad(z, t, out=out, **options))
-    with swl.use_backend("numpy"):
+    call = on(OURS, lambda: swl.cross_entropy_value_and_grad(z, t, out=out, **options))
+    with swl.use_backend(SPECIFICATION):
         expected = swl.cross_entropy_value_and_grad(z, t, **options)
     calls = {
         "one thread": Contender(call, enter=lambda: swl.set_num_threads(1)),
@@ -268,7 +269,7 @@ def training_step(N: int, D: int, H: int, C: int) -> Built:
             p -= lr * g
         return gradients
 
-    with swl.use_backend("numba"):
+    with swl.use_backend(OURS):
         first = swl.Affine(start[0].copy(), start[1].copy(), needs_dx=False)
         second = swl.Affine(start[2].copy(), start[3].copy())
         net, optimizer = swl.Sequential(first, swl.ReLU(), second, swl.SoftmaxWithLoss()), swl.SGD(lr=float(lr))
@@ -279,7 +280,7 @@ def training_step(N: int, D: int, H: int, C: int) -> Built:
         optimizer.update(parameters, net.gradients())
         return first.dW, first.db, second.dW, second.db
 
-    calls = {"swl": on("numba", ours), "NumPy by hand": by_hand}
+    calls = {"swl": on(OURS, ours), "NumPy by hand": by_hand}
     try:
         import torch
     except ImportError:

@@ -288,7 +288,7 @@ class _Gradient(NamedTuple):
         if out is None:
             nc = backend.empty(logits_nc.shape, logits_nc.dtype)
             return cls(backend.xp, nc if logits.ndim == 2 else nc.reshape(logits.shape), nc)
-        if backend.asarray(out) is not out:
+        if not backend.owns(out):
             raise TypeError(f"out must be an array of the {backend.name} backend, got {type(out).__name__}")
         require_shape("out", out, logits.shape, "the shape of logits")
         if out.dtype != logits.dtype:

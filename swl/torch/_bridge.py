@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swl.backends import Backend, active, get
-from swl.backends.registry import _REGISTRY
+from swl.backends import Backend, get
+from swl.backends import device as device_backend
+from swl.backends import host as host_backend
 from swl.errors import BackendUnavailable
 
 __all__ = ["Bridge", "Cuda", "Host", "bridge", "host_scalar", "share_memory_pool"]
@@ -81,7 +82,7 @@ class Cuda:
     on_host = False
 
     def __init__(self, device: int) -> None:
-        self.backend = get("cupy")
+        self.backend = get(device_backend())
         self.device = device
 
     def array(self, t: Tensor) -> Any:
@@ -122,9 +123,7 @@ def bridge(t: Tensor) -> Bridge:
         For a CUDA tensor where CuPy cannot run.
     """
     if t.is_cpu:
-        name = active()
-        if _REGISTRY[name][1] != "host":  # SWL_BACKEND=cupy says nothing of tensors: their device does
-            name = "numba"
+        name = host_backend()  # SWL_BACKEND=cupy says nothing of tensors: their device does
         found = _hosts.get(name)
         if found is None:
             found = _hosts[name] = Host(get(name))
@@ -154,7 +153,7 @@ def share_memory_pool() -> None:
     -----
     Process-wide, and for arrays made from now on. Blocks belong to torch's current stream of the time of allocation.
     """
-    cupy = get("cupy").xp
+    cupy = get(device_backend()).xp
 
     def malloc(size: int, device: int) -> int:
         stream = torch.cuda.current_stream(device).cuda_stream

@@ -272,6 +272,9 @@ class CupyBackend:
 
     # -------------------------------------------------------------------------------------------- arrays
 
+    def owns(self, x: Any) -> bool:
+        return isinstance(x, self.xp.ndarray)
+
     def asarray(self, x: Any, dtype: Any = None) -> Any:
         xp = self.xp
         if not isinstance(x, xp.ndarray):
