@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import swl
+from swl.backends.host import threads
 from swl.backends.host.threads import POOL
 
 RNG = np.random.default_rng(0)
@@ -85,17 +86,23 @@ def test_resizing_while_others_compute_loses_nothing(one_thread: list[bytes]) ->
     not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="this system has one processor, or does not say where a thread may run",
 )
-def test_threads_keep_off_the_processor_of_whoever_calls(one_thread: list[bytes]) -> None:
+def test_threads_run_where_the_caller_may_but_off_its_processor(
+    one_thread: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     swl.set_num_threads(2)
-    while not POOL._workers:  # the thread says where it may run once it runs
+    while not POOL._crew.workers:  # the thread says what it is called once it runs
         results()
-    ((worker, processors),) = POOL._workers
+    (worker,) = POOL._crew.workers
     before = os.sched_getaffinity(0)
     try:
         for here in sorted(before)[:2]:
-            os.sched_setaffinity(0, {here})  # a caller of one processor leaves the others to the threads
+            monkeypatch.setattr(threads, "_current_processor", lambda here=here: here)
             assert results() == one_thread
-            assert os.sched_getaffinity(worker) == processors - {here}
+            assert os.sched_getaffinity(worker) == before - {here}
+            os.sched_setaffinity(0, {here})  # set after the thread was started
+            assert results() == one_thread
+            assert os.sched_getaffinity(worker) == {here}
+            os.sched_setaffinity(0, before)
     finally:
         os.sched_setaffinity(0, before)
 

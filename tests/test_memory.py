@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 import swl
-from swl.backends.host.memory import _ALIGN, MEMORY, SMALLEST, HostPool
+from swl.backends.host.memory import _ALIGN, SMALLEST, HostPool
 from swl.backends.host.threads import Pool
 
 LIMIT = 6 * SMALLEST
@@ -251,20 +251,24 @@ def test_threads_that_come_late_keep_nothing_alive() -> None:
 
 
 def test_a_finaliser_may_run_amid_the_pools_own_lines() -> None:
-    """As garbage collection does, or in another thread while this one has the lock: waiting would last forever."""
+    """As garbage collection does: before each instruction of the pool's, a result dies."""
     pool = HostPool()
+    dying = [pool.empty((SMALLEST,), np.uint8) for _ in range(1000)]
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        frame.f_trace_opcodes = True
+        if event == "opcode" and dying and "self" in frame.f_locals and frame.f_locals["self"] is pool:
+            dying.pop()
+        return trace
+
+    sys.settrace(trace)
     x = pool.empty((SMALLEST,), np.uint8)
-    done = threading.Event()
-
-    def collect() -> None:
-        nonlocal x
-        with pool._lock:
-            del x
-        done.set()
-
-    threading.Thread(target=collect, daemon=True).start()
-    assert done.wait(30)
-    assert pool.use() == (0, SMALLEST + _ALIGN)
+    use = pool.use()
+    pool.clear()
+    sys.settrace(None)
+    assert 0 < len(dying) < 950
+    assert use.in_use >= x.nbytes
+    assert pool.use().in_use == (len(dying) + 1) * (SMALLEST + _ALIGN)
 
 
 def _in_child(queue: Any) -> None:
@@ -277,7 +281,7 @@ def test_a_forked_process_does_not_wait_for_the_parents_threads() -> None:
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_in_child, args=(queue,))
-    with warnings.catch_warnings(), MEMORY._lock:  # as another thread may have it
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python and JAX warn of forks in threaded processes: that is the test
         child.start()
     try:

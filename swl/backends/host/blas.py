@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,29 +38,56 @@ def control() -> _Control | None:
     return None
 
 
-_lock = threading.Lock()
-_users = 0
+_lock = threading.RLock()  # a signal handler may come amid the lines that hold it, and go through all of them
+_holders: set[object] = set()
 _theirs = 1
 
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
     """Hold BLAS to the calling thread; the user's own setting is back when the last of several calls has left."""
-    global _users, _theirs
+    global _theirs
     blas = control()
     if blas is None:
         yield
         return
-    with _lock:
-        if _users == 0:
-            _theirs = blas.get()
-            if _theirs != 1:
-                blas.set(1)
-        _users += 1
+    me = object()
     try:
+        _holders.add(me)  # first: whoever comes and goes amid the next lines leaves the setting to us
+        with _lock:
+            now = blas.get()
+            if now != 1:
+                _theirs = now
+                blas.set(1)
         yield
     finally:
-        with _lock:
-            _users -= 1
-            if _users == 0 and _theirs != 1:
-                blas.set(_theirs)
+        try:
+            _leave(blas, me)
+        finally:
+            _leave(blas, me)  # an interrupt may have cut the first short
+
+
+def _leave(blas: _Control, me: object) -> None:
+    """Restore the user's setting unless someone else still holds BLAS."""
+    global _theirs
+    _holders.discard(me)
+    with _lock:
+        theirs = _theirs
+        if not _holders and theirs != 1:
+            blas.set(theirs)
+            _theirs = 1
+
+
+def _begin_anew() -> None:
+    """After a fork, forget the threads that stayed with the parent, and what they held."""
+    global _lock
+    _lock = threading.RLock()
+    if _holders:
+        _holders.clear()
+        blas = control()
+        if blas is not None:
+            _leave(blas, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)

@@ -8,9 +8,8 @@ to one array at a time: it returns by the finaliser of that array's base.
 from __future__ import annotations
 
 import math
-import os
-import threading
-from collections import deque
+import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +35,7 @@ class MemoryUse(NamedTuple):
 class _Block:
     """The base of a pooled array: hands its memory back when the last view of it dies."""
 
-    __slots__ = ("__array_interface__", "_memory", "_pool")
+    __slots__ = ("__array_interface__", "__weakref__", "_memory", "_pool")
 
     def __init__(self, pool: HostPool, memory: Any) -> None:
         self._pool, self._memory = pool, memory
@@ -47,84 +46,80 @@ class _Block:
         }  # fmt: skip
 
     def __del__(self) -> None:
-        self._pool.give_back(self._memory)
+        if hasattr(self, "_memory"):  # else an interrupt came before it was there
+            self._pool.give_back(self._memory)
+
+
+class _InUse(weakref.ref[_Block]):
+    """Counts a block for as long as it lives; no interrupt can come between its end and the count's."""
+
+    __slots__ = ("size",)
+
+    size: int
 
 
 class HostPool:
     """Blocks of memory by size, the most recently returned first.
 
-    A finaliser may run anywhere: in another thread, or amid the pool's own lines. So it only leaves the memory in a queue, which
-    needs no lock, and whoever holds the lock puts it where it belongs.
+    A finaliser or a signal handler may run anywhere, in another thread or amid the pool's own lines, and use the pool. So there
+    is no lock: each step is one atomic operation on a dict or a set, and whoever removes a block from `_free` has it.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.limit = limit
-        self._free: list[Any] = []  # oldest first
-        self._returned: deque[Any] = deque()
-        self._in_use = self._kept = 0
-        self.unlock()
-
-    def unlock(self) -> None:
-        """Begin with a new lock: after a fork, the thread that held the old one is with the parent."""
-        self._lock = threading.Lock()
+        self._free: dict[tuple[int, int], Any] = {}  # by size and identity, oldest first
+        self._in_use: set[_InUse] = set()
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """Give an uninitialised C-ordered array."""
+        """Return an uninitialised C-ordered array."""
         dtype = np.dtype(dtype)
         size = dtype.itemsize * math.prod(shape)
         if size < SMALLEST:
-            return np.empty(shape, dtype)
-        memory = self._take(size + _ALIGN)
-        return np.asarray(_Block(self, memory))[:size].view(dtype).reshape(shape)
+            return self.allocate(np.empty, shape, dtype)
+        block = _Block(self, self._take(size + _ALIGN))
+        in_use = _InUse(block, self._in_use.discard)
+        in_use.size = block._memory.size
+        self._in_use.add(in_use)
+        return np.asarray(block)[:size].view(dtype).reshape(shape)
+
+    def allocate(self, make: Callable[..., Any], /, *args: Any, **named: Any) -> Any:
+        """Return ``make(*args, **named)``; where memory is short, let go of what is free and try once more."""
+        try:
+            return make(*args, **named)
+        except MemoryError:
+            self.clear()
+        return make(*args, **named)
 
     def _take(self, size: int) -> Any:
-        with self._lock:
-            self._sort_in()
-            for i in range(len(self._free) - 1, -1, -1):
-                if size <= self._free[i].size <= size + size // 8:  # nearly as large: no waste, no shortage
-                    memory = self._free.pop(i)
-                    self._kept -= memory.size
-                    break
-            else:
-                memory = np.empty(size, np.uint8)
-            self._in_use += memory.size
-            return memory
+        for key in reversed(list(self._free)):
+            if size <= key[0] <= size + size // 8:  # nearly as large: no waste, no shortage
+                memory = self._free.pop(key, None)
+                if memory is not None:
+                    return memory
+        return self.allocate(np.empty, size, np.uint8)
 
     def give_back(self, memory: Any) -> None:
         """Keep a block for later."""
-        self._returned.append(memory)
-        if self._lock.acquire(blocking=False):  # else its holder, or the next one, does this
-            try:
-                self._sort_in()
-            finally:
-                self._lock.release()
-
-    def _sort_in(self) -> None:
-        while self._returned:
-            memory = self._returned.popleft()
-            self._in_use -= memory.size
-            self._kept += memory.size
-            self._free.append(memory)
-        while self._kept > self.limit:
-            self._kept -= self._free.pop(0).size
+        self._free[memory.size, id(memory)] = memory
+        blocks = list(self._free)
+        beyond = sum(size for size, _ in blocks) - self.limit
+        for block in blocks:
+            if beyond <= 0:
+                return
+            self._free.pop(block, None)
+            beyond -= block[0]
 
     def clear(self) -> None:
         """Give what is free back to the system."""
-        with self._lock:
-            self._sort_in()
-            self._free.clear()
-            self._kept = 0
+        self._free.clear()
 
     def use(self) -> MemoryUse:
         """Count the bytes."""
-        with self._lock:
-            self._sort_in()
-            return MemoryUse(self._in_use, self._kept)
+        in_use = sum(block.size for block in self._in_use.copy())
+        return MemoryUse(in_use, sum(size for size, _ in list(self._free)))
 
 
 MEMORY = HostPool()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=MEMORY.unlock)
 
 
 def empty_cache() -> None:

@@ -1,15 +1,20 @@
-"""One pool of ordinary threads for everything that runs in parallel on the CPU, kernels and matrix products alike."""
+"""One pool of ordinary threads for everything that runs in parallel on the CPU, kernels and matrix products alike.
+
+A signal handler may run between any two lines of the caller, call swl again, and raise. So nothing here holds a lock: what
+threads share are queues, sets and counters whose single operations are atomic, and every line leaves them consistent.
+"""
 
 from __future__ import annotations
 
+import _thread
 import ctypes
+import functools
 import itertools
 import os
-from collections import deque
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from threading import Lock, Thread, get_native_id
 
 __all__ = ["POOL", "set_num_threads"]
 
@@ -25,43 +30,112 @@ def _available() -> int:
 class _Job:
     """Ranges of one piece of work, from which each thread that has time takes the next."""
 
-    __slots__ = ("_left", "_lock", "_ranges", "done", "error", "work")
+    __slots__ = ("_at_work", "_edges", "_left", "_next", "error", "parts", "work")
 
-    def __init__(self, work: Callable[[int, int], object], ranges: deque[tuple[int, int]]) -> None:
-        self.work: Callable[[int, int], object] | None = work
-        self._ranges, self._left = ranges, len(ranges)
-        self._lock = Lock()
-        self.done = Lock()
-        self.done.acquire()
+    def __init__(self, work: Callable[[int, int], object], n: int, parts: int) -> None:
+        self.work = work
+        self.parts = parts
+        self._edges = [n * k // parts for k in range(parts + 1)]
+        self._next = itertools.count()
+        self._at_work: set[int] = set()  # threads of the pool that may have begun a range
+        self._left: SimpleQueue[None] = SimpleQueue()
         self.error: BaseException | None = None
 
-    def run(self) -> None:
-        """Work until no range is left to take; the last one to finish its own releases `done`."""
-        while True:
-            try:
-                begin, end = self._ranges.popleft()
-            except IndexError:
-                return
-            try:
-                if self.error is None and self.work is not None:
-                    self.work(begin, end)
-            except BaseException as error:  # raised again by the caller
-                self.error = error
-            with self._lock:
-                self._left -= 1
-                last = not self._left
-            if last:
-                self.done.release()
+    def work_off(self) -> None:
+        """Work until no range is left to begin."""
+        while (part := next(self._next)) < self.parts:
+            self.work(self._edges[part], self._edges[part + 1])
+        self.parts = 0
+
+    def assist(self) -> None:
+        """Do so on a thread of the pool; an error ends the job, and is kept for the caller."""
+        if not self.parts:
+            return
+        me = _thread.get_ident()
+        self._at_work.add(me)  # before a range is begun: who finds none left and nobody at work is done
+        try:
+            self.work_off()
+        except BaseException as error:
+            self.parts = 0
+            self.error = error
+        finally:
+            self._at_work.discard(me)
+            self._left.put(None)
+
+    def wait(self) -> None:
+        """Wait for the threads of the pool that are at work."""
+        while self._at_work:
+            self._left.get()
+
+    def uninterrupted(self) -> Callable[[], object]:
+        """Return what also waits for them, in one call in C: no signal handler runs before it is over."""
+        naps = map(_nap, itertools.repeat(100))
+        return functools.partial(all, zip(iter(self._at_work.__len__, 0), naps, strict=False))
+
+
+def _find_nap() -> Callable[[int], object]:
+    """Return the function that sleeps for some microseconds; unlike `time.sleep`, it leaves signals to its caller."""
+    return ctypes.CDLL(None).usleep if os.name == "posix" else lambda _: time.sleep(0)
+
+
+_nap = _find_nap()
 
 
 def _find_current_processor() -> Callable[[], int] | None:
-    """Give what tells on which processor the calling thread runs, where threads can be kept off it; else None."""
+    """Return the function that tells on which processor the calling thread runs; None where threads cannot be kept off it."""
     if not hasattr(os, "sched_setaffinity"):
         return None
     return getattr(ctypes.PyDLL(None), "sched_getcpu", None)
 
 
 _current_processor = _find_current_processor()
+
+
+class _Crew:
+    """The threads of a pool of one size, with the queue from which they take jobs."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self.workers: list[int] = []  # their names to the system
+        self._started: list[int] = []
+        self._placed: tuple[int, set[int], int] | None = None
+
+    def recruit(self) -> int:
+        """Start the threads that are missing, as many as the system grants, and count all."""
+        with suppress(RuntimeError, MemoryError):  # the system grants no more; later calls try again
+            while len(self._started) < self.threads - 1:
+                # unlike Thread.start, this waits for nothing and holds no lock
+                self._started.append(_thread.start_new_thread(self._serve, ()))
+        return len(self._started)
+
+    def _serve(self) -> None:
+        self.workers.append(_thread.get_native_id())
+        while (job := self.jobs.get()) is not None:
+            job.assist()
+            del job  # and with it what the work refers to
+        self.jobs.put(None)  # for the next of them
+
+    def dismiss(self) -> None:
+        """Let the threads end once they have done what was handed out before."""
+        self.jobs.put(None)
+
+    def keep_off(self) -> None:
+        """Let the threads run where the caller may run, but not on the processor where it does.
+
+        A scheduler may wake a thread where its waker runs, though another processor is idle, and leave it there for
+        milliseconds: the two then take turns (docs/performance.md).
+        """
+        if _current_processor is None:
+            return
+        here, allowed = _current_processor(), os.sched_getaffinity(0)
+        place = here, allowed, len(self.workers)
+        if place == self._placed:
+            return
+        self._placed = place
+        for worker in self.workers.copy():
+            with suppress(OSError):  # the thread has ended, or may not be moved
+                os.sched_setaffinity(worker, allowed - {here} or allowed)
 
 
 class Pool:
@@ -71,82 +145,65 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.threads = _available()
-        self._jobs: SimpleQueue[_Job | None] | None = None
-        self._starting = Lock()
-        self._workers: list[tuple[int, set[int]]] = []  # their names to the system, and where they may run
-        self._kept_off: int | None = None
+        self._crew = _Crew(_available())
+        self._crews = {self._crew}  # and those still to be dismissed
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)  # the workers stayed with the parent
+            os.register_at_fork(after_in_child=self._forget)  # the threads stayed with the parent
 
     def _forget(self) -> None:
-        self._jobs, self._starting, self._workers = None, Lock(), []
+        self._crew = _Crew(self.threads)
+        self._crews = {self._crew}
+
+    @property
+    def threads(self) -> int:
+        """The number of threads, the caller's own among them."""
+        return self._crew.threads
+
+    @threads.setter
+    def threads(self, threads: int) -> None:
+        self.resize(threads)
 
     def resize(self, threads: int) -> None:
         """Use this many threads from now on."""
-        with self._starting:
-            jobs, workers = self._jobs, self.threads - 1
-            self._jobs, self._workers, self.threads = None, [], threads
-        if jobs is not None:
-            for _ in range(workers):
-                jobs.put(None)
+        crew = _Crew(threads)
+        self._crew = crew
+        self._crews.add(crew)
+        for crew in self._crews.copy():
+            if crew is not self._crew:  # it may be ours, where another thread or a signal handler came after us
+                crew.dismiss()
+                self._crews.discard(crew)
 
     def run(self, work: Callable[[int, int], object], n: int, grain: int = 1) -> None:
-        """Call ``work(begin, end)`` for ranges that cover ``[0, n)``, and wait for all; below `grain` they are not cut."""
-        threads = self.threads
-        parts = min(n // grain, PIECES * threads)
-        if threads == 1 or parts <= 1:
+        """Call ``work(begin, end)`` for ranges that cover ``[0, n)``, and wait for all; below `grain` they are not cut.
+
+        Where an error or an interrupt ends the work early, nobody is at work any more when it reaches the caller.
+        """
+        crew = self._crew
+        parts = min(n // grain, PIECES * crew.threads)
+        if crew.threads == 1 or parts <= 1:
             work(0, n)
             return
-        edges = [n * k // parts for k in range(parts + 1)]
-        job = _Job(work, deque(itertools.pairwise(edges)))
-        jobs = self._jobs or self._started()
-        self._keep_off()
-        for _ in range(min(threads, parts) - 1):
-            jobs.put(job)
-        job.run()
-        job.done.acquire()
-        job.work = None  # a thread that comes late finds the job in the queue, and must not find its arrays alive
-        error, job.error = job.error, None  # its traceback leads to the job: a circle, and the arrays in it
+        job = _Job(work, n, parts)
+        wait = job.uninterrupted()
+        try:
+            helpers = min(crew.recruit(), parts - 1)
+            crew.keep_off()
+            for _ in range(helpers):
+                crew.jobs.put(job)
+            job.work_off()
+            job.wait()
+        except BaseException:
+            job.parts = 0  # nobody begins another range
+            wait()
+            raise
+        finally:
+            del job.work  # a thread that comes late finds the job in the queue, and must not find its arrays alive
+            error, job.error = job.error, None  # its traceback leads to the job: a circle, and the arrays in it
         if error is not None:
             try:
                 raise error
             finally:
                 del error
-
-    def _keep_off(self) -> None:
-        """Bar the workers from the caller's processor.
-
-        A scheduler may wake a thread where its waker runs, though another processor is idle, and leave it there for
-        milliseconds: the two then take turns (docs/performance.md).
-        """
-        if _current_processor is None:
-            return
-        here = _current_processor()
-        if here == self._kept_off:
-            return
-        self._kept_off = here
-        for worker, processors in self._workers:
-            if others := processors - {here}:
-                with suppress(OSError):  # the thread has ended, or may not be moved
-                    os.sched_setaffinity(worker, others)
-
-    def _serve(self, jobs: SimpleQueue[_Job | None], workers: list[tuple[int, set[int]]]) -> None:
-        if _current_processor is not None:
-            workers.append((get_native_id(), os.sched_getaffinity(0)))
-            self._kept_off = None
-        while (job := jobs.get()) is not None:
-            job.run()
-            del job  # and with it what the work refers to
-
-    def _started(self) -> SimpleQueue[_Job | None]:
-        with self._starting:
-            if self._jobs is None:
-                self._jobs = SimpleQueue()
-                for i in range(self.threads - 1):
-                    arguments = self._jobs, self._workers
-                    Thread(target=self._serve, args=arguments, name=f"swl-{i + 1}", daemon=True).start()
-            return self._jobs
 
 
 POOL = Pool()
