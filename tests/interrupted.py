@@ -72,7 +72,7 @@ class Expected:
         swl.set_num_threads(2)
         self.results = [call() for call in CALLS]
         self.setting, self.in_use = setting(), swl.memory_use().in_use
-        faulthandler.dump_traceback_later(60, exit=True)  # all is compiled: so long lasts only what hangs
+        faulthandler.dump_traceback_later(200, exit=True)  # all is compiled: so long lasts only what hangs
 
     def check(self) -> None:
         for call, result in zip(CALLS, self.results, strict=True):
@@ -108,20 +108,19 @@ def handled_everywhere() -> None:
 
 
 def handled_at_random(seconds: float = 5) -> None:
-    """Let a real signal's handler make all calls, as often as it can."""
-    expected, count, amid = Expected(), 0, False
+    """Let a real signal's handler make all calls, again and again after a short while."""
+    expected, count, rng = Expected(), 0, random.Random(0)
+    end = time.monotonic() + seconds
 
     def handler(*_: Any) -> None:
-        nonlocal count, amid
-        if not amid:
-            amid = True
-            count += 1
-            expected.check()
-            amid = False
+        nonlocal count
+        count += 1
+        expected.check()
+        if time.monotonic() < end:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
 
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 1e-3, 3e-4)
-    end = time.monotonic() + seconds
+    signal.setitimer(signal.ITIMER_REAL, 1e-3)
     while time.monotonic() < end:
         expected.check()
     signal.setitimer(signal.ITIMER_REAL, 0)
