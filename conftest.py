@@ -1,8 +1,7 @@
-"""Leave out the doctests of modules and pages whose library is not installed; their tests say so by a skip."""
+"""Load the plugin that knows what files need which library: a file outside of tests/ may need one too."""
 
-from importlib.util import find_spec
+import sys
+from pathlib import Path
 
-collect_ignore_glob = [
-    *(["swl/torch/*", "docs/torch.md"] if find_spec("torch") is None else []),
-    *(["swl/jax.py"] if find_spec("jax") is None else []),
-]
+sys.path.insert(0, str(Path(__file__).parent / "tests"))
+pytest_plugins = ["needs"]

@@ -34,7 +34,7 @@ def record(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[str, str
         case = CASES[title]
         found = times(title, 1 if benchmark.disabled else request.config.getoption("rounds"))
         if contender not in found:
-            pytest.skip(f"no {contender} here")
+            pytest.skip(f"needs {contender}")
         seconds = found[contender]
         benchmark.group = title
         benchmark.extra_info["contender"] = contender

@@ -1,9 +1,8 @@
-"""One `backend` fixture over the registry; what pytest needs to know of GPUs; Hypothesis settings."""
+"""One `backend` fixture over the registry; which files are tests; Hypothesis settings."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+from needs import GPU, IN_CI
 
 import swl
 from swl.backends import Backend, get
@@ -20,7 +20,6 @@ from swl.backends.registry import _REGISTRY
 
 registry = importlib.import_module("swl.backends.registry")  # `swl.backends` is the function of that name
 HERE = Path(__file__).parent
-IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 hypothesis.settings.register_profile(
     "swl",
@@ -99,21 +98,19 @@ def _use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     except swl.BackendUnavailable as error:
         if request.config.getoption("require_gpu"):
             pytest.fail(f"--require-gpu: {error}", pytrace=False)
-        pytest.skip(f"{NO_GPU} {error}" if name == "cupy" else str(error))
+        pytest.skip(f"{GPU}: {error}" if name == "cupy" else str(error))
     if not here.is_host:
         monkeypatch.setattr(registry, "_DEVICE", name)  # where device arrays belong: to the real GPU or to the emulated
     with swl.use_backend(name):
         yield here
 
 
-# ------------------------------------------------------------------------------------------------ skips
-
-NO_GPU = "no GPU:"
-"""How the reason of the one skip begins that a run without a GPU may have."""
+# ------------------------------------------------------------------------------------------------ what is run
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--require-gpu", action="store_true", help="fail where a test would be skipped for want of a GPU")
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out programs and helpers: to look for doctests is to import them, with all that they need."""
+    return (collection_path.suffix == ".py" and not collection_path.name.startswith("test_")) or None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -125,28 +122,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
-
-
-def _forbid_skip(report: Any) -> None:
-    """In CI nothing may be skipped but for the missing GPU: a test that does not run proves nothing."""
-    if not (IN_CI and report.outcome == "skipped") or hasattr(report, "wasxfail"):
-        return
-    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    if reason.removeprefix("Skipped: ").startswith(NO_GPU):
-        return
-    report.outcome = "failed"
-    report.longrepr = f"skipped in CI: {reason}"
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    report = yield
-    _forbid_skip(report)
-    return report
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
-    report = yield
-    _forbid_skip(report)
-    return report

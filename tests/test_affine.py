@@ -10,6 +10,7 @@ import pytest
 from cases import FLOATS, LAYOUTS, acc_dtype, place, repeat_first
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import TORCH
 from oracle import assert_close
 
 import swl
@@ -154,7 +155,7 @@ def test_the_same_call_gives_the_same_bits(backend: Any) -> None:
 
 @given(case=affine_cases())
 def test_agrees_with_torch(backend: Any, case: Any) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = pytest.importorskip("torch", reason=TORCH)
     x, W, b, dout, _ = case
     x, W, dout = (a.astype(np.float64) for a in (x.reshape(*dout.shape[:-1], -1) if dout.size else x, W, dout))
     if not dout.size:

@@ -10,6 +10,7 @@ import pytest
 from cases import CONTIGUOUS, FLOATS, INTEGERS, LAYOUTS, PROBABILITIES, Case, acc_dtype, cases, place
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import TORCH
 from oracle import assert_close
 
 import swl
@@ -258,7 +259,7 @@ def test_a_row_of_more_classes_than_two_to_the_31(backend: Any) -> None:
 @given(case=cases(dtypes=[np.dtype(np.float64), np.dtype(np.float32)]))
 def test_agrees_with_torch(backend: Any, case: Case) -> None:
     """torch has weight, label_smoothing, ignore_index and the reductions; its mean over nothing is NaN, ours 0."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch = pytest.importorskip("torch", reason=TORCH)
     options = {k: v for k, v in case.options.items() if k in ("weight", "label_smoothing", "ignore_index", "reduction")}
     case = Case(case.logits, case.target, case.layout, options)
     *leading, C = case.logits.shape

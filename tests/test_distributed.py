@@ -15,23 +15,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("mpi4py")
+from needs import CUPY, GPU, MPIEXEC
 
 import swl
-from conftest import NO_EMULATOR, NO_GPU
+from conftest import NO_EMULATOR
 from swl.backends import get
 from swl.distributed import transport
 from swl.distributed.comm import Counted, Grid, in_blocks, sum_in_order
 
 HERE = Path(__file__).parent / "mpi"
 sys.path.append(str(HERE))
-MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "SWL_BACKEND": "numpy"}
 
 
 def start(ranks: int, *command: Any, **environment: str) -> subprocess.Popen[str]:
-    assert MPIEXEC, "pip install '.[mpi]' brings mpiexec"
     return subprocess.Popen(
         [MPIEXEC, "-n", str(ranks), sys.executable, "-W", "error", *map(str, command)],
         stdout=subprocess.PIPE,
@@ -173,16 +170,16 @@ def test_arrays_of_gpus_travel(how: str, request: pytest.FixtureRequest) -> None
     except swl.BackendUnavailable as error:
         if request.config.getoption("require_gpu"):
             pytest.fail(f"--require-gpu: {error}", pytrace=False)
-        pytest.skip(f"{NO_GPU} {error}")
+        pytest.skip(f"{GPU}: {error}")
     ranks = 2 if how == "host" else min(count, 4)
     if ranks < 2:
-        pytest.skip(f"{NO_GPU} NCCL between two ranks needs two")
+        pytest.skip(f"{GPU}: NCCL between two ranks needs two")
     assert "cases" in on(ranks, HERE / "device.py", "cupy", SWL_TRANSPORT=how)
 
 
 def test_the_stand_in_for_nccl_has_cupys_methods_and_arguments() -> None:
     """CuPy's module of it cannot be imported without NCCL, but has the signatures in its text."""
-    cupy = pytest.importorskip("cupy", reason="comparing with CuPy needs CuPy: pip install 'swl[test-cuda]'")
+    cupy = pytest.importorskip("cupy", reason=CUPY)
     import devices
 
     (library,) = Path(cupy.__file__).parents[1].glob("cupy_backends/cuda/libs/nccl*.so")
@@ -207,7 +204,7 @@ def test_the_stand_in_for_nccl_has_cupys_methods_and_arguments() -> None:
 
 
 def test_what_the_stand_in_is_completed_with_is_cupys() -> None:
-    cupy = pytest.importorskip("cupy", reason="comparing with CuPy needs CuPy: pip install 'swl[test-cuda]'")
+    cupy = pytest.importorskip("cupy", reason=CUPY)
     import devices
 
     assert list(inspect.signature(devices.get).parameters) == ["self", "stream", "order", "out", "blocking"]

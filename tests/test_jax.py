@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax", reason="swl.jax needs jax")
-jnp = jax.numpy
-
-import swl.jax  # noqa: E402 - after the check that jax is there
+import swl.jax
 
 RNG = np.random.default_rng(0)
 X, W, B = (jnp.asarray(RNG.normal(size=shape), jnp.float32) for shape in ((6, 4), (4, 5), (5,)))

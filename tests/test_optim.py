@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from needs import TORCH
 
 import swl
 
@@ -24,7 +25,7 @@ def run(backend: Any, optimizer: Any, dtype: Any = np.float64, steps: int = 20) 
 
 
 def run_torch(make: Any, steps: int = 20) -> dict[str, Any]:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason=TORCH)
     r = np.random.default_rng(0)
     start = {"W": r.normal(size=(3, 2)), "b": r.normal(size=4)}
     slopes = {"W": r.uniform(0.1, 3, (3, 2)), "b": r.uniform(0.1, 3, 4)}

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - as torch's own documentation calls it
+from needs import COMPILER, GPU
 
 import swl
-
-torch = pytest.importorskip("torch", reason="swl.torch needs torch")
-F = torch.nn.functional
-
-import swl.torch  # noqa: E402 - after the check that torch is there
+import swl.torch
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -469,7 +468,7 @@ def test_compile_in_one_graph(backend: str) -> None:
     except torch._inductor.exc.InductorError as error:
         if "compiler" not in str(error).lower():
             raise
-        pytest.skip(f"inductor has no C++ compiler here: {error}")
+        pytest.skip(f"{COMPILER}: {error}")
     close(got, want)
     for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
         close(a, b)
@@ -647,7 +646,7 @@ def on_a_card(request: pytest.FixtureRequest) -> None:
     if not usable:
         if request.config.getoption("require_gpu"):
             pytest.fail(f"--require-gpu: {reason}", pytrace=False)
-        pytest.skip(f"no GPU: {reason}")
+        pytest.skip(f"{GPU}: {reason}")
 
 
 def test_on_a_card(request: pytest.FixtureRequest) -> None:

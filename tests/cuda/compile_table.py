@@ -74,13 +74,13 @@ def missing() -> str | None:
     try:
         import cupy.cuda.compiler
     except ImportError as error:
-        return f"the compile check needs CuPy ({error}): pip install 'swl[test-cuda]'"
+        return f"needs CuPy ({error}): pip install 'swl[test-cuda]'"
     if _package_folder("include/cuda_fp16.h") is None or _package_folder("bin/nvdisasm") is None:
-        return "the compile check needs NVIDIA's headers and disassembler: pip install 'swl[test-cuda]'"
+        return "needs CuPy with NVIDIA's headers and disassembler: pip install 'swl[test-cuda]'"
     try:
         cupy.cuda.nvrtc.getVersion()
     except Exception as error:
-        return f"the compile check needs NVRTC ({error}): pip install 'swl[test-cuda]'"
+        return f"needs CuPy with NVRTC ({error}): pip install 'swl[test-cuda]'"
     return None
 
 

@@ -44,7 +44,7 @@ class Parameter(NamedTuple):
 def missing_compiler() -> str | None:
     """Say why kernels cannot be compiled here, or None if they can."""
     if shutil.which(CXX) is None:
-        return f"the CUDA emulator needs a C++ compiler: {CXX} is not on the PATH (apt install g++, or set CXX)"
+        return f"needs a C++ compiler: {CXX} is not on the PATH (apt install g++, or set CXX)"
     return None
 
 

@@ -16,6 +16,7 @@ import emulated
 import numpy as np
 import pytest
 import stand_in
+from needs import CUPY, TORCH
 
 import swl
 from swl.backends import get
@@ -400,7 +401,7 @@ def test_streams_that_are_none_are_refused(name: str) -> None:
 
 
 def test_cupys_own_streams_are_taken() -> None:
-    cupy = pytest.importorskip("cupy", reason="comparing with CuPy needs CuPy: pip install 'swl[test-cuda]'")
+    cupy = pytest.importorskip("cupy", reason=CUPY)
     real, here = CupyBackend(cupy), SimpleNamespace(id=THERE)
     assert real._stream(cupy.cuda.Stream.null, here) is cupy.cuda.Stream.null
     assert real._stream(Foreign(0xF0), here).ptr == 0xF0
@@ -424,7 +425,7 @@ TORCHS = 0x7000
 @pytest.fixture
 def torch(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Give torch, whose tensors swl takes for tensors on the device: of the bridge, only DLPack needs a card."""
-    torch = pytest.importorskip("torch", reason="tensors need torch: pip install 'swl[torch]'")
+    torch = pytest.importorskip("torch", reason=TORCH)
     from swl.torch import _bridge, _linear, _loss
 
     class Bridge(_bridge.Cuda):

@@ -11,6 +11,7 @@ import emulated
 import numpy as np
 import pytest
 import stand_in
+from needs import CUPY
 
 import swl
 from swl.backends import get
@@ -56,7 +57,7 @@ FOREIGN = {"typing", "types", "collections.abc", "contextlib"}
 
 
 def test_every_name_is_cupys() -> None:
-    cupy = pytest.importorskip("cupy", reason="comparing with CuPy needs CuPy: pip install 'swl[test-cuda]'")
+    cupy = pytest.importorskip("cupy", reason=CUPY)
     missing = [name for name in public(stand_in) if not hasattr(cupy, name) and name not in ("annotations",)]
     assert missing == []
     methods = [name for name in vars(stand_in.ndarray) if not name.startswith("_")]
@@ -69,7 +70,7 @@ def test_every_name_is_cupys() -> None:
 
 
 def test_every_keyword_is_cupys() -> None:
-    cupy = pytest.importorskip("cupy", reason="comparing with CuPy needs CuPy: pip install 'swl[test-cuda]'")
+    cupy = pytest.importorskip("cupy", reason=CUPY)
     wrong = []
     for name, ours in public(stand_in).items():
         if not inspect.isfunction(ours):
@@ -86,7 +87,7 @@ def test_every_keyword_is_cupys() -> None:
 
 
 def test_raw_modules_and_kernels_are_called_as_cupys() -> None:
-    cupy = pytest.importorskip("cupy", reason="comparing with CuPy needs CuPy: pip install 'swl[test-cuda]'")
+    cupy = pytest.importorskip("cupy", reason=CUPY)
     signature = cupy.RawModule.__doc__.split("\n")[0]
     for parameter in inspect.signature(stand_in.RawModule).parameters:
         assert parameter in signature

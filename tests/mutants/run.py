@@ -320,7 +320,8 @@ def copy_package(source: Path, folder: Path) -> None:
     leave_out = shutil.ignore_patterns("__pycache__", "cuda", "mutants")
     for name in ("swl", "kernels", "tests"):
         shutil.copytree(source / name, folder / name, ignore=leave_out)
-    shutil.copy(source / "pyproject.toml", folder)
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(source / name, folder)
 
 
 def run(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
