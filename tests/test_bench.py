@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -130,7 +131,12 @@ def test_pytest_saves_rows_that_can_be_compared(tmp_path: Path) -> None:
     nodes = [node.format(contender) for contender in ("copy", "swl")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *nodes]
     done = subprocess.run(
-        [*command, "--rounds", "1", f"--benchmark-json={saved}"], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--rounds", "1", f"--benchmark-json={saved}"],
+        cwd=ROOT,
+        env={**os.environ, "PYTEST_ADDOPTS": ""},  # the options of this run are not that run's
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
     assert "| 1 × 10, float32, forward + backward |" in done.stdout
