@@ -49,6 +49,16 @@ def test_an_unknown_name_is_an_error_that_lists_the_legal_ones() -> None:
     assert last == "ValueError: SWL_BACKEND is 'nonsense'; legal names are 'numpy', 'numba', 'cupy', 'auto'"
 
 
+def test_numba_that_must_not_compile_is_refused_with_the_way_out() -> None:
+    code = "import swl; print(float(swl.cross_entropy([[0.0, 0.0]], [1])))"
+    done = shell(code, NUMBA_DISABLE_JIT="1")
+    assert done.returncode == 1
+    assert "BackendUnavailable: backend 'numba'" in done.stderr
+    assert "SWL_BACKEND=numpy" in done.stderr.splitlines()[-1]
+    done = shell(code, NUMBA_DISABLE_JIT="1", SWL_BACKEND="numpy")
+    assert done.stdout == "0.6931471805599453\n", done.stderr
+
+
 def test_cupy_runs_or_says_why_not() -> None:
     done = shell("import swl; print(type(swl.affine([[1.0]], [[1.0]])).__module__)", SWL_BACKEND="cupy")
     if CUPY_USABLE:

@@ -64,3 +64,14 @@ def test_installed_elsewhere_it_imports_and_trains(wheel: Path, tmp_path: Path) 
     assert float(lines[-1].removeprefix("test accuracy ")) > 0.9
     info = run(sys.executable, "-c", "from swl.cli import main; main(['info'])", cwd=elsewhere, env=environment)
     assert str(target / "swl") in info
+
+
+def test_in_an_archive_it_runs(wheel: Path, tmp_path: Path) -> None:
+    """A wheel is a zip file, from which Python imports."""
+    code = "import numpy as np, swl; print(swl.__file__, swl.cross_entropy(np.zeros((2, 4)), [0, 3], backend='{}'))"
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    for backend in ("numpy", "numba"):
+        said = run(sys.executable, "-c", code.format(backend), cwd=tmp_path, env=environment)
+        assert said.split() == [str(wheel / "swl" / "__init__.py"), "1.3862943611198906"]
+    code = "from swl.backends.cupy.backend import source; print(source('cross_entropy'))"
+    assert "__global__" in run(sys.executable, "-c", code, cwd=tmp_path, env=environment)

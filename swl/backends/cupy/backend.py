@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
+from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -68,8 +69,8 @@ def _version(number: int) -> str:
 
 def source(name: str) -> str:
     """Give ``kernels/<name>.cu`` with its header in it: CuPy's disk cache knows a kernel by its text alone."""
-    here = Path(__file__).parents[2]
-    folder = next(folder for folder in (here / "kernels", here.parent / "kernels") if folder.is_dir())
+    installed, checkout = files("swl") / "kernels", Path(__file__).parents[3] / "kernels"
+    folder = installed if installed.is_dir() else checkout
     text = (folder / f"{name}.cu").read_text(encoding="utf-8")
     return text.replace('#include "common.cuh"', (folder / "common.cuh").read_text(encoding="utf-8"))
 

@@ -15,10 +15,21 @@ from swl.backends.numba import kernels
 from swl.backends.numba.products import product
 from swl.backends.numpy import NumpyBackend, raise_bad_id
 from swl.backends.protocol import Target
+from swl.errors import BackendUnavailable
 
 
 def load() -> Backend:
-    """Give the backend; Numba is a dependency of the package, so it is always there."""
+    """Return the backend.
+
+    Raises
+    ------
+    BackendUnavailable
+        If Numba is told not to compile: the kernels are more than Python.
+    """
+    if vars(numba.config)["DISABLE_JIT"]:
+        raise BackendUnavailable(
+            "backend 'numba' compiles, and NUMBA_DISABLE_JIT=1 forbids it; unset it, or SWL_BACKEND=numpy"
+        )
     return NumbaBackend()
 
 

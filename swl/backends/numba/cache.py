@@ -168,7 +168,8 @@ class _Cache(NullCache):
 @functools.cache
 def _sources(files: tuple[str, ...]) -> str:
     """Return a digest of source files."""
-    return _digest(*(Path(file).read_bytes() for file in files), size=6).hex()
+    read = __spec__.loader.get_data  # a package may lie in an archive
+    return _digest(*map(read, files), size=6).hex()
 
 
 def kept(function: Callable[..., Any], *files: str) -> Any:
