@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swl.backends import host
+from swl.backends import host_backend
 from swl.functional import cross_entropy as _cross_entropy
 from swl.functional import (
     cross_entropy_value_and_grad,
@@ -40,7 +40,7 @@ class _Call(NamedTuple):
         """Call a function of the library on NumPy arrays."""
         args = tuple(np.asarray(a) for a in args)
         inputs, target, rest = args[: self.inputs], args[self.inputs], args[self.inputs + 1 :]
-        options = dict(self.options) | dict(zip(self.arrays, rest, strict=True)) | {"backend": host()}
+        options = dict(self.options) | dict(zip(self.arrays, rest, strict=True)) | {"backend": host_backend()}
         if "denominator" in self.arrays:
             options["denominator"] = float(options["denominator"])
         if dout is not None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
+import inspect
 import os
+import pkgutil
 import subprocess
 import sys
 import threading
@@ -240,3 +244,11 @@ def test_the_keyword_chooses_among_hosts(name: str, monkeypatch: pytest.MonkeyPa
         swl.cross_entropy(np.zeros((1, 2)), np.array([0]), backend=name)
         swl.SoftmaxWithLoss(backend=name).forward(np.zeros((1, 2)), np.array([0]))
     assert calls == [name, name]
+
+
+def test_no_module_hides_a_function_of_the_backends() -> None:
+    """Importing a submodule sets its name in the package, over a function of that name."""
+    for found in pkgutil.iter_modules(swl.backends.__path__, "swl.backends."):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(found.name)
+    assert not [name for name in swl.backends.__all__ if inspect.ismodule(getattr(swl.backends, name))]

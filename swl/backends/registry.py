@@ -24,7 +24,7 @@ __all__ = [
     "available_backends",
     "device",
     "get",
-    "host",
+    "host_backend",
     "loaded",
     "on_device",
     "resolve",
@@ -125,7 +125,7 @@ def active() -> str:
     return _known(os.environ.get("SWL_BACKEND") or "auto", "SWL_BACKEND")
 
 
-def host() -> str:
+def host_backend() -> str:
     """Name the backend for host memory: the active one, or the default where that is a device's."""
     name = active()
     return name if _REGISTRY[name][1] == "host" else _AUTO

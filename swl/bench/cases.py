@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import swl
-from swl.backends import get, host
+from swl.backends import get, host_backend
 from swl.backends.host.threads import POOL
 from swl.backends.numba.products import product
 from swl.backends.registry import SPECIFICATION
@@ -21,7 +21,7 @@ __all__ = ["CASES", "GROUPS", "logits_case"]
 
 Built = tuple[dict[str, Contender], tuple[Any, ...], float]
 
-OURS = host()
+OURS = host_backend()
 """The backend that is plain "swl": the active one of the hosts."""
 OTHERS = tuple(f"swl ({info.name})" for info in swl.available_backends() if info.name != OURS)
 """The other backends of the registry."""

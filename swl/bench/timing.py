@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import swl
-from swl.backends import host
+from swl.backends import host_backend
 
 __all__ = ["Call", "Case", "Contender", "measure"]
 
@@ -77,7 +77,7 @@ def check(name: str, got: Any, expected: tuple[Any, ...], tolerance: float) -> N
 
 def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     """Measure the seconds of single calls of every contender that can run here, after a check of what it computes."""
-    with swl.use_backend(host()):
+    with swl.use_backend(host_backend()):
         contenders, expected, tolerance = case.build()
         for name, contender in contenders.items():
             if contender.enter is not None:

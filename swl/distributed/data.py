@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from swl.backends import get, host, resolve
+from swl.backends import get, host_backend, resolve
 from swl.distributed.comm import (
     agree,
     as_numpy,
@@ -80,7 +80,7 @@ class DataParallel(Layer):
                     f"ClassParallelHead, got {net!r}"
                 )
             on_host = all(isinstance(p, np.ndarray) for p in net.parameters().values())
-            self._backend = get(host()) if on_host else resolve(None, net.parameters())
+            self._backend = get(host_backend()) if on_host else resolve(None, net.parameters())
             found = {name: (p.shape, str(p.dtype)) for name, p in net.parameters().items()}
             return f"{found}, {net!r}, bucket {bucket}, check_every {check_every}"
 

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swl.backends import Backend, get
+from swl.backends import Backend, get, host_backend
 from swl.backends import device as device_backend
-from swl.backends import host as host_backend
 from swl.errors import BackendUnavailable
 
 __all__ = ["Bridge", "Cuda", "Host", "bridge", "host_scalar", "share_memory_pool"]
