@@ -29,6 +29,15 @@ __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
+template <typename T, typename U>
+struct Same {
+  static const bool value = false;
+};
+template <typename T>
+struct Same<T, T> {
+  static const bool value = true;
+};
+
 // Rounds once, to nearest even.
 template <typename T, typename A>
 struct Narrow {

@@ -25,7 +25,8 @@
 
 const i64 INVALID = -2;  // an id that was out of range: loss NaN, gradient 0. IGNORED is -1. See swl/backends/protocol.py.
 
-// What is asked of all rows. A pointer is null where the option is off.
+// What is asked of all rows; the first parameter of every kernel. A pointer is null where the option is off. The host
+// fills this and RowsOut by their fields' names, and compiles in a check that it lays them out as the compiler does.
 template <typename T>
 struct Problem {
   typedef Acc<T> A;
@@ -45,29 +46,14 @@ struct Problem {
   i64 first_class;        // the class id of column 0
 };
 
-// The head of every kernel's parameter list, and the Problem made of it.
-#define PROBLEM_PARAMETERS(T)                                                                                          \
-  const T *logits_nc, i64 stride, i64 N, i64 C, const i64 *ids_n, const void *probs_nc, int probs_type, i64 probs_row, \
-      i64 probs_column, const Acc<T>*weight_c, const Acc<T>*row_weight_n, const Acc<T>*bias_c, Acc<T> hot,             \
-      Acc<T> rest, Acc<T> softcap, Acc<T> z_loss, Acc<T> softcap_inverse, Acc<T> softcap_inverse_rest,                 \
-      Acc<T> mass_hit, Acc<T> mass_miss,                                                                               \
-      i64 first_class
-#define PROBLEM(T)                                                                                                 \
-  Problem<T> {                                                                                                     \
-    logits_nc, stride, N, C, ids_n, probs_nc, probs_type, probs_row, probs_column, weight_c, row_weight_n, bias_c, \
-        hot, rest, softcap, z_loss, softcap_inverse, softcap_inverse_rest, mass_hit, mass_miss, first_class        \
-  }
-
 // Where a forward sweep leaves a row; the last three are null unless they were asked for.
-template <typename A>
+template <typename T>
 struct RowsOut {
-  A *loss_n, *row_max_n, *log_sum_n, *target_dot_n, *mass_n, *entropy_n, *log_prob_n;
+  typedef Acc<T> A;
+  A *loss_n, *row_max_n, *log_sum_n, *target_dot_n, *mass_n;
+  A *entropy_n, *log_prob_n;
   i64* argmax_n;
 };
-#define ROWS_PARAMETERS(A) \
-  A *loss_n, A *row_max_n, A *log_sum_n, A *target_dot_n, A *mass_n, A *entropy_n, A *log_prob_n, i64 *argmax_n
-#define ROWS(A) \
-  RowsOut<A> { loss_n, row_max_n, log_sum_n, target_dot_n, mass_n, entropy_n, log_prob_n, argmax_n }
 
 // ------------------------------------------------------------------------------------------------ targets and logits
 
@@ -361,7 +347,7 @@ __device__ __forceinline__ A pull_of(A z_loss, A m, A max, A log_sum) {
 // Stores what a forward sweep leaves of row n, from the sums of all its columns; one thread per row.
 template <typename T, bool DENSE>
 __device__ __forceinline__ Row<Acc<T>> finish(
-    const Problem<T>& p, const RowsOut<Acc<T>>& out, const Wanted& want, i64 n, const Sums<Acc<T>>& sums) {
+    const Problem<T>& p, const RowsOut<T>& out, const Wanted& want, i64 n, const Sums<Acc<T>>& sums) {
   typedef Acc<T> A;
   A m;
   i64 id;
@@ -455,23 +441,22 @@ __device__ __forceinline__ Pack<T, V> gradient(
 // first. stage is shared memory, for blocks only; with a grad_nc the row must fit. grad_nc may be logits_nc: a row is
 // on chip before its first gradient is written.
 template <typename T, bool DENSE, int LANES, int V, int KEEP>
-__global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_rows(PROBLEM_PARAMETERS(T),
-    ROWS_PARAMETERS(Acc<T>), const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc, i64 grad_stride) {
+__global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_rows(const Problem<T> p,
+    const RowsOut<T> out, const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc, i64 grad_stride) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
   Row<A>* const row_of_block = reinterpret_cast<Row<A>*>(shared);  // 64 bytes
   Sums<A>* const warps = reinterpret_cast<Sums<A>*>(shared + 4);   // 16 of them
   Pack<T, V>* const stage = reinterpret_cast<Pack<T, V>*>(shared + 4 + 16 * sizeof(Sums<A>) / 16);
 
-  const Problem<T> p = PROBLEM(T);
-  const Wanted want = wanted<DENSE>(p, entropy_n);
+  const Wanted want = wanted<DENSE>(p, out.entropy_n);
   const int lanes = LANES ? LANES : blockDim.x;
   const int lane = threadIdx.x % lanes;
   const i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / lanes;
-  const bool exists = n < N;  // rows past the end have no packs, but their lanes take part in the shuffles
-  const T* logits = logits_nc + (exists ? n : 0) * stride;
+  const bool exists = n < p.N;  // rows past the end have no packs, but their lanes take part in the shuffles
+  const T* logits = p.logits_nc + (exists ? n : 0) * p.stride;
   const int lead = lead_of<T, V>(logits);
-  const int packs = exists ? packs_of<V>(lead, C) : 0;
+  const int packs = exists ? packs_of<V>(lead, p.C) : 0;
   const int turns = LANES ? KEEP : max_of(KEEP, (packs + lanes - 1) / lanes);
 
   // With KEEP, pack k is on its way while pack k − 1 is taken in: few such blocks fit a processor, and one load a
@@ -484,11 +469,11 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
   for (int k = 0; k < turns + AHEAD; ++k) {
     const int next_j = lane + k * lanes, j = next_j - AHEAD * lanes;
     Pack<T, V> next = pack;  // whatever it is
-    if (next_j < packs) next = load_pack<T, V>(logits, span_of<V>(next_j, lead, C), narrow<T>((A)0));
+    if (next_j < packs) next = load_pack<T, V>(logits, span_of<V>(next_j, lead, p.C), narrow<T>((A)0));
     if (!AHEAD) pack = next;
     if (k >= AHEAD) {
       if (j < packs) {
-        absorb<T, DENSE, V>(sums, p, want, n, span_of<V>(j, lead, C), pack);
+        absorb<T, DENSE, V>(sums, p, want, n, span_of<V>(j, lead, p.C), pack);
         if (!LANES && KEEP && k > KEEP && grad_nc) stage[j - KEEP * lanes] = pack;  // read back by this thread alone
       }
       if (KEEP && k <= KEEP) turn(kept, pack);
@@ -500,7 +485,7 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
   if (LANES) {
     sums = combine_lanes<LANES ? LANES : 32>(sums, want);
     if (lane == 0 && exists) {
-      row = finish<T, DENSE>(p, ROWS(A), want, n, sums);
+      row = finish<T, DENSE>(p, out, want, n, sums);
       if (grad_nc) row.scale = load(row_scale_n + n * scale_stride);
     }
     if (!grad_nc) return;
@@ -516,7 +501,7 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
   } else {
     sums = combine_block(sums, want, warps);
     if (threadIdx.x == 0) {
-      row = finish<T, DENSE>(p, ROWS(A), want, n, sums);
+      row = finish<T, DENSE>(p, out, want, n, sums);
       if (KEEP && grad_nc) {
         row.scale = load(row_scale_n + n * scale_stride);
         *row_of_block = row;
@@ -537,7 +522,7 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
     if (k < KEEP) turn(kept, mine);
     if (j < packs) {
       if (!LANES && k >= KEEP) mine = stage[j - KEEP * lanes];
-      const Span at = span_of<V>(j, lead, C);
+      const Span at = span_of<V>(j, lead, p.C);
       store_pack(grad, at, wide, gradient<T, DENSE, V>(p, row, n, at, mine));
     }
   }
@@ -546,18 +531,17 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
 // Stage one of a row by gridDim.x / N blocks: block (n, s) sums the packs [s·packs_each, (s + 1)·packs_each) of row n.
 template <typename T, bool DENSE, int V>
 __global__ void __launch_bounds__(256, 4)
-    ce_partial(PROBLEM_PARAMETERS(T), i64 splits, i64 packs_each, Acc<T>* sums_ns, i64* at_ns, int stats) {
+    ce_partial(const Problem<T> p, i64 splits, i64 packs_each, Acc<T>* sums_ns, i64* at_ns, int stats) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
-  const Problem<T> p = PROBLEM(T);
   const Wanted want = wanted<DENSE>(p, stats ? &p : nullptr);
   const i64 n = blockIdx.x / splits, s = blockIdx.x % splits;
-  const T* logits = logits_nc + n * stride;
+  const T* logits = p.logits_nc + n * p.stride;
   const int lead = lead_of<T, V>(logits);
-  const i64 last = min_of((s + 1) * packs_each, packs_of<V>(lead, C));
+  const i64 last = min_of((s + 1) * packs_each, packs_of<V>(lead, p.C));
   Sums<A> sums = nothing<A>();
   for (i64 j = s * packs_each + threadIdx.x; j < last; j += blockDim.x) {
-    const Span at = span_of<V>(j, lead, C);
+    const Span at = span_of<V>(j, lead, p.C);
     Pack<T, V> pack = load_pack<T, V>(logits, at, narrow<T>((A)0));
     absorb<T, DENSE, V>(sums, p, want, n, at, pack);
   }
@@ -578,14 +562,13 @@ __global__ void __launch_bounds__(256, 4)
 // Stage two: a warp per row combines its sums, lane by lane in the order of s, then the lanes.
 template <typename T, bool DENSE>
 __global__ void __launch_bounds__(128)
-    ce_combine(PROBLEM_PARAMETERS(T), ROWS_PARAMETERS(Acc<T>), i64 splits, const Acc<T>* sums_ns, const i64* at_ns) {
+    ce_combine(const Problem<T> p, const RowsOut<T> out, i64 splits, const Acc<T>* sums_ns, const i64* at_ns) {
   typedef Acc<T> A;
-  const Problem<T> p = PROBLEM(T);
-  const Wanted want = wanted<DENSE>(p, entropy_n);
+  const Wanted want = wanted<DENSE>(p, out.entropy_n);
   const int lane = threadIdx.x % 32;
   const i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
   Sums<A> sums = nothing<A>();
-  if (n < N) {
+  if (n < p.N) {
     for (i64 s = lane; s < splits; s += 32) {
       const A* from = sums_ns + (n * splits + s) * SUMS;
       sums = combine(sums, Sums<A>{load(from + 0), load(from + 1), load(from + 2), load(from + 3), load(from + 4),
@@ -593,22 +576,21 @@ __global__ void __launch_bounds__(128)
     }
   }
   sums = combine_lanes<32>(sums, want);
-  if (lane == 0 && n < N) finish<T, DENSE>(p, ROWS(A), want, n, sums);
+  if (lane == 0 && n < p.N) finish<T, DENSE>(p, out, want, n, sums);
 }
 
 // Gradients from M, S and A. A block is blockDim.x / lanes rows of `lanes` threads, a power of two; a thread writes up
 // to `each` packs, `lanes` apart; block b of a group of rows is its tile b % tiles.
 template <typename T, bool DENSE, int V>
 __global__ void __launch_bounds__(256, 4)
-    ce_backward(PROBLEM_PARAMETERS(T), const Acc<T>* row_max_n, const Acc<T>* log_sum_n, const Acc<T>* mass_n,
+    ce_backward(const Problem<T> p, const Acc<T>* row_max_n, const Acc<T>* log_sum_n, const Acc<T>* mass_n,
         const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc, i64 grad_stride, int lanes, int each, i64 tiles) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
   Row<A>* const rows = reinterpret_cast<Row<A>*>(shared);  // one per row of the block
-  const Problem<T> p = PROBLEM(T);
   const int per_block = blockDim.x / lanes, r = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const i64 first = blockIdx.x / tiles * per_block, tile = blockIdx.x % tiles;
-  if ((int)threadIdx.x < per_block && first + threadIdx.x < N) {
+  if ((int)threadIdx.x < per_block && first + threadIdx.x < p.N) {
     const i64 n = first + threadIdx.x;
     A m;
     i64 id;
@@ -622,17 +604,17 @@ __global__ void __launch_bounds__(256, 4)
   }
   __syncthreads();  // a row's threads read what one thread wrote
   const i64 n = first + r;
-  if (n >= N) return;
+  if (n >= p.N) return;
   const Row<A>& row = rows[r];
-  const T* logits = logits_nc + n * stride;
+  const T* logits = p.logits_nc + n * p.stride;
   T* grad = grad_nc + n * grad_stride;
   const int lead = lead_of<T, V>(logits);
   const bool wide = lead_of<T, V>(grad) == lead;
-  const int packs = packs_of<V>(lead, C);
+  const int packs = packs_of<V>(lead, p.C);
   for (int k = 0; k < each; ++k) {
     const i64 j = (tile * each + k) * lanes + lane;
     if (j >= packs) return;
-    const Span at = span_of<V>(j, lead, C);
+    const Span at = span_of<V>(j, lead, p.C);
     Pack<T, V> pack{};  // a row that does not count is not read
     if (row.counts) pack = load_pack<T, V>(logits, at, narrow<T>((A)0));
     store_pack(grad, at, wide, gradient<T, DENSE, V>(p, row, n, at, pack));

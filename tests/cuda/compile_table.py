@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from swl.backends.cupy.backend import OPTIONS, instances, source
+from swl.backends.cupy.backend import OPTIONS, instances, module_source
 
 ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
 
@@ -124,7 +124,7 @@ def compile_module(job: tuple[tuple[str, ...], str]) -> list[Kernel]:
 
     group, architecture = job
     names, log = instances()[group], io.StringIO()
-    program = _NVRTCProgram(source(group[0]), "swl.cu", name_expressions=names, method="cubin")
+    program = _NVRTCProgram(module_source(group), "swl.cu", name_expressions=names, method="cubin")
     include = _package_folder("include/cuda_fp16.h")
     options = (*OPTIONS, f"-I{include}/include", f"-arch=sm_{architecture}", "--ptxas-options=-v")
     cubin, lowered = program.compile(options, log)

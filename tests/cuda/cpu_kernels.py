@@ -35,7 +35,7 @@ class Report(ctypes.Structure):
 
 
 class Parameter(NamedTuple):
-    """One parameter of a kernel: what `letter` in cuda_shim.h says."""
+    """One parameter of a kernel: what `letter` in cuda_shim.h says, without its p."""
 
     pointer: bool
     letter: str
@@ -95,7 +95,7 @@ class Library:
 
     def _signature(self, index: int) -> tuple[Parameter, ...]:
         letters = self._library.shim_signature(index).decode().split()
-        return tuple(Parameter(one[0] == "p", one[-1]) for one in letters)
+        return tuple(Parameter(one[0] == "p", one.removeprefix("p")) for one in letters)
 
     def launch(self, name: str, sizes: Sequence[int], values: Sequence[Any], mode: int) -> Report:
         """Run one launch; `sizes` are grid, block and bytes of shared memory, `values` ctypes objects.

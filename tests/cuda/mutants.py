@@ -148,8 +148,8 @@ MUTANTS = (
     Mutant(
         "the row's offset in 32 bits",
         "cross_entropy",
-        "const T* logits = logits_nc + (exists ? n : 0) * stride;",
-        "const T* logits = logits_nc + (int)((exists ? n : 0) * stride);",
+        "const T* logits = p.logits_nc + (exists ? n : 0) * p.stride;",
+        "const T* logits = p.logits_nc + (int)((exists ? n : 0) * p.stride);",
         "offset",
     ),
     Mutant(
@@ -252,8 +252,8 @@ MUTANTS = (
     Mutant(
         "blocks of a row overlap by a pack",
         "cross_entropy",
-        "min_of((s + 1) * packs_each, packs_of<V>(lead, C))",
-        "min_of((s + 1) * packs_each + 1, packs_of<V>(lead, C))",
+        "min_of((s + 1) * packs_each, packs_of<V>(lead, p.C))",
+        "min_of((s + 1) * packs_each + 1, packs_of<V>(lead, p.C))",
     ),
     Mutant(
         "blocks add to one another's sums",

@@ -15,6 +15,8 @@ import cpu_kernels
 import numpy as np
 import stand_in
 
+from swl.backends.cupy.structs import Argument
+
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr")
 THREAD = ("-fsanitize=thread", "-DSHIM_THREADS")
 
@@ -31,7 +33,8 @@ class Recording:
     def __call__(self, library: Any, name: str, sizes: Any, args: Any, report: Any) -> None:
         """Observe a launch, before (`report` None) and after."""
         if report is None:
-            self._regions = _merged(sorted(_bounds(a) for a in args if isinstance(a, stand_in.ndarray) and a.size))
+            arrays = [a for a in stand_in._pointed_to(args) if isinstance(a, stand_in.ndarray) and a.size]
+            self._regions = _merged(sorted(map(_bounds, arrays)))
             self._before = [_memory(r) for r in self._regions]
             return
         out = self.launches[tuple(library.names)]
@@ -42,17 +45,22 @@ class Recording:
             out += struct.pack("2q", region[0] % 16, len(before)) + before + _memory(region)
         out += struct.pack("q", len(args))
         for arg in args:
-            if not isinstance(arg, stand_in.ndarray):
-                null = isinstance(arg, np.uint64)
-                out += struct.pack("q", 2 if null else 0) + arg.tobytes().ljust(8, b"\0")
-                continue
-            ptr = arg.data.ptr
-            index = next((i for i, (low, high) in enumerate(self._regions) if low <= ptr < high), None)
-            if index is None:  # an array without elements
-                out += struct.pack("2q", 2, 0)
+            if isinstance(arg, Argument):
+                offsets = {arg.dtype.fields[f][1]: v for f, v in arg.values.items() if isinstance(v, stand_in.ndarray)}
+                out += struct.pack("3q", 3, arg.nbytes, len(offsets)) + arg.tobytes()
+                for offset, array in offsets.items():
+                    out += struct.pack("2q", offset, self._place(array))
+            elif isinstance(arg, stand_in.ndarray):
+                out += struct.pack("2q", 1, self._place(arg))
             else:
-                out += struct.pack("2q", 1, index << 40 | (ptr - self._regions[index][0]))
+                out += struct.pack("q", 2 if isinstance(arg, np.uint64) else 0) + arg.tobytes().ljust(8, b"\0")
         self.kernels.add(name)
+
+    def _place(self, array: Any) -> int:
+        """Give region and offset of an array as one number; -1 for one without elements."""
+        ptr = array.data.ptr
+        found = (i << 40 | (ptr - low) for i, (low, high) in enumerate(self._regions) if low <= ptr < high)
+        return next(found, -1)
 
 
 def _bounds(x: Any) -> tuple[int, int]:

@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import cpu_kernels
 import numpy as np
 
+from swl.backends.cupy.structs import Argument
+
 __version__ = "14.2.0"
 
 ORDER = cpu_kernels.FORWARD  # of fibers and blocks; tests set it
@@ -682,7 +684,7 @@ class RawKernel:
             _argument(f"argument {i} of {self._name}", parameter, arg)
             for i, (parameter, arg) in enumerate(zip(self._parameters, args, strict=True))
         ]
-        _works(self._name, *args)
+        _works(self._name, *_pointed_to(args))
         for observe in observers:
             observe(self._library, self._name, sizes, args, None)
         report = self._library.launch(self._name, sizes, values, ORDER)
@@ -709,8 +711,26 @@ def _legal_geometry(name: str, grid: Any, block: Any, shared: int, most_shared: 
     return (*grid, *block, shared)
 
 
+def _pointed_to(args: Sequence[Any]) -> Iterator[Any]:
+    """Give the arguments of a launch, with the values of a struct in its place."""
+    for arg in args:
+        yield from arg.values.values() if isinstance(arg, Argument) else (arg,)
+
+
+_C_LETTER = {"void": "v", "i64": "l", "float": "f", "double": "d", "__half": "h", "__nv_bfloat16": "b"}
+
+
 def _argument(what: str, parameter: cpu_kernels.Parameter, arg: Any) -> Any:
     """Check an argument against the C++ parameter; give it as CuPy would pass it."""
+    if parameter.letter[0] == "s":  # its layout is checked when the kernel is compiled
+        if not isinstance(arg, Argument) or arg.size != 1 or f"s{arg.nbytes}" != parameter.letter:
+            raise Forbidden(f"{what} is a struct of {parameter.letter[1:]} bytes, got {arg!r} of {type(arg).__name__}")
+        for field, value in arg.values.items():
+            c_type = arg.struct.c_type(field, arg.type_argument)
+            if c_type.endswith("*") and value is not None:
+                letter = _C_LETTER[c_type.removeprefix("const ").removesuffix("*")]
+                _argument(f"{field} of {what}", cpu_kernels.Parameter(True, letter), value)
+        return (ctypes.c_char * arg.nbytes).from_buffer_copy(arg.tobytes())
     if parameter.pointer:
         if isinstance(arg, np.uint64) and arg == 0:
             return ctypes.c_void_p(None)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import stand_in
 
-from swl.backends.cupy.backend import CupyBackend, Limits, plan
+from swl.backends.cupy import structs
+from swl.backends.cupy.backend import CupyBackend, Limits, plan, source
 from swl.backends.protocol import Target
 
 pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
@@ -90,3 +91,21 @@ def test_a_nan_stays_in_its_row() -> None:
     assert np.isnan(grad_nan[2]).all()
     assert loss_nan[others].tobytes() == loss[others].tobytes()
     assert grad_nan[others].tobytes() == grad[others].tobytes()
+
+
+@pytest.mark.parametrize("struct", [structs.PROBLEM, structs.ROWS_OUT], ids=lambda s: s.name)
+@pytest.mark.parametrize("change", ["two fields in each other's place", "another type", "a field more"])
+def test_a_struct_that_host_and_kernels_do_not_share_does_not_compile(struct: structs.Struct, change: str) -> None:
+    fields = list(struct.fields.items())
+    if change == "two fields in each other's place":
+        fields[0], fields[1] = fields[1], fields[0]
+    elif change == "another type":
+        fields[0] = fields[0][0], "const i64*"
+    else:
+        fields.append(("more", "i64"))
+    wrong = structs.Struct(struct.name, dict(fields))
+    kernels = source("cross_entropy")
+    with pytest.raises(
+        RuntimeError, match=f"(static assertion failed: {struct.name}<float>|has no member named|'more')"
+    ):
+        cpu_kernels.build(kernels + wrong.check("float"), (), ("-O0", "-fPIC", "-shared"))

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.backends import Backend, Rows
+from swl.backends.cupy.structs import PROBLEM, ROWS_OUT
 from swl.backends.protocol import Target
 from swl.errors import BackendUnavailable
 
-__all__ = ["CupyBackend", "Limits", "Plan", "instances", "load", "plan", "source"]
+__all__ = ["CupyBackend", "Limits", "Plan", "instances", "load", "module_source", "plan", "source"]
 
 
 def load() -> Backend:
@@ -75,6 +76,12 @@ def source(name: str) -> str:
     return text.replace('#include "common.cuh"', (folder / "common.cuh").read_text(encoding="utf-8"))
 
 
+def module_source(group: tuple[str, ...]) -> str:
+    """Give the source of a module of `instances`: the file, and the checks of the structs that its kernels take."""
+    file, T, *_ = group
+    return source(file) + "".join(s.check(T) for s in (PROBLEM, ROWS_OUT) if file == "cross_entropy" and T in _SIZE)
+
+
 OPTIONS = ("-std=c++17", "-fmad=false")
 """Compiler options. No contraction of a·b + c: which ones are contracted differs between kernels of the same code, and
 forward, backward and the fused sweep must agree to the bit."""
@@ -82,10 +89,6 @@ forward, backward and the fused sweep must agree to the bit."""
 _C = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # C's name of a dtype
 _SIZE = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}  # bytes
 _INDEX = {"int32": "int", "int64": "long long"}
-
-
-def _acc(c_type: str) -> str:
-    return "double" if c_type == "double" else "float"
 
 
 def instances() -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -313,7 +316,7 @@ class CupyBackend:
                 group = self._module_of[name]
                 if group not in self._modules:
                     self._modules[group] = self.xp.RawModule(
-                        code=source(group[0]), options=OPTIONS, name_expressions=instances()[group]
+                        code=module_source(group), options=OPTIONS, name_expressions=instances()[group]
                     )
                 found = self._modules[group].get_function(name)
                 if name.startswith("ce_rows") and ", 0, " in name and not name.endswith(", 0>"):
@@ -510,7 +513,7 @@ class CupyBackend:
                 f"ce_partial<{c_type}, {dense}, {how.V}>",
                 (how.blocks,),
                 (how.threads,),
-                (*head, _i64(how.splits), _i64(how.packs_each), sums, at, _i32(stats)),
+                (head, _i64(how.splits), _i64(how.packs_each), sums, at, _i32(stats)),
                 shared=how.shared,
             )
             self._launch(
@@ -518,7 +521,7 @@ class CupyBackend:
                 f"ce_combine<{c_type}, {dense}>",
                 (-(-N // 4),),
                 (128,),
-                (*head, *outputs, _i64(how.splits), sums, at),
+                (head, outputs, _i64(how.splits), sums, at),
             )
         else:
             fused = out is not None and how.on_chip and _rows_are_dense(out)
@@ -532,7 +535,7 @@ class CupyBackend:
                 f"ce_rows<{c_type}, {dense}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}>",
                 (how.blocks,),
                 (how.threads,),
-                (*head, *outputs, *gradient),
+                (head, outputs, *gradient),
                 shared=how.shared + (how.stage if fused else 0),
             )
             if fused:
@@ -560,7 +563,7 @@ class CupyBackend:
             (-(-N // (256 // lanes)) * tiles,),
             (256,),
             (
-                *head,
+                head,
                 rows.row_max,
                 rows.log_sum,
                 rows.mass,
@@ -577,53 +580,57 @@ class CupyBackend:
         if dense_out is not out:
             out[...] = dense_out
 
-    def _rows(self, logits: Any, stats: bool) -> tuple[Rows, tuple[Any, ...]]:
-        """Make the outputs of a forward sweep; give them as rows, and as the kernels' arguments."""
+    def _rows(self, logits: Any, stats: bool) -> tuple[Rows, Any]:
+        """Make the outputs of a forward sweep; give them as rows, and as the kernels' argument."""
         N = logits.shape[0]
         acc = np.dtype(np.float64 if logits.dtype == np.float64 else np.float32)
         values = list(self.empty((7 if stats else 5, N), acc))
         if stats:
             values.append(self.empty((N,), np.int64))
-        return Rows(*values), (*values, *[_NULL] * (8 - len(values)))
+        rows = Rows(*values)
+        return rows, ROWS_OUT(_C[logits.dtype.name], {f"{name}_n": value for name, value in rows._asdict().items()})
 
-    def _problem(self, logits: Any, target: Target) -> tuple[str, str, tuple[Any, ...]]:
-        """Give the kernels' type arguments, and the arguments that all of them start with."""
+    def _problem(self, logits: Any, target: Target) -> tuple[str, str, Any]:
+        """Give the kernels' type arguments, and the argument that all of them start with."""
         xp = self.xp
         acc = np.float64 if logits.dtype == np.float64 else np.float32
         N, C = logits.shape
         ids, probs = target.ids, target.probs
-        kind, row, column = 0, 0, 1
+        row, column = 0, 1
         if probs is not None:
             if probs.dtype.name not in _PROBS:
                 probs = probs.astype(acc)  # whole numbers and truth values
-            kind = _PROBS[probs.dtype.name]
             row, column = (s // probs.itemsize for s in probs.strides)
         else:
             ids = xp.ascontiguousarray(ids)
-        head = (
-            logits,
-            _i64(_row_stride(logits)),
-            _i64(N),
-            _i64(C),
-            _or_null(ids),
-            _or_null(probs),
-            _i32(kind),
-            _i64(row),
-            _i64(column),
-            _or_null(target.weight),
-            _or_null(target.row_weight),
-            _or_null(target.bias),
-            acc(target.hot),
-            acc(target.rest),
-            acc(target.softcap),
-            acc(target.z_loss),
-            *_inverse(target.softcap, acc),
+        hot, rest = acc(target.hot), acc(target.rest)
+        inverse, inverse_rest = _inverse(target.softcap, acc)
+        T = _C[logits.dtype.name]
+        values = {
+            "logits_nc": logits,
+            "stride": _row_stride(logits),
+            "N": N,
+            "C": C,
+            "ids_n": ids,
+            "probs_nc": probs,
+            "probs_type": 0 if probs is None else _PROBS[probs.dtype.name],
+            "probs_row": row,
+            "probs_column": column,
+            "weight_c": target.weight,
+            "row_weight_n": target.row_weight,
+            "bias_c": target.bias,
+            "hot": hot,
+            "rest": rest,
+            "softcap": target.softcap,
+            "z_loss": target.z_loss,
+            "softcap_inverse": inverse,
+            "softcap_inverse_rest": inverse_rest,
             # of one class it is y itself, rounded as the kernels round that
-            acc(target.hot) + acc(target.rest) if C == 1 else acc(target.hot + target.rest * C),
-            acc(target.rest * C),
-            _i64(target.first_class),
-        )
-        return _C[logits.dtype.name], "false" if probs is None else "true", head
+            "mass_hit": hot + rest if C == 1 else target.hot + target.rest * C,
+            "mass_miss": target.rest * C,
+            "first_class": target.first_class,
+        }
+        return T, "false" if probs is None else "true", PROBLEM(T, values)
 
     # -------------------------------------------------------------------------------------------- the host's side
 

@@ -242,7 +242,7 @@ template <typename W> inline void __stcs(W* p, W x) { shim_touch(p, true); memcp
 namespace shim {
 
 // A kernel's parameter types as one letter each, for launch.py: p pointer, i int, l 64-bit, f float, d double; after p
-// the letter of what it points to (h __half, b bfloat16, u unsigned 64-bit, v void).
+// the letter of what it points to (h __half, b bfloat16, u unsigned 64-bit, v void); s and its size for a struct.
 template <typename T> std::string letter() {
   typedef typename std::remove_cv<T>::type U;
   if (std::is_pointer<U>::value) return "p" + letter<typename std::remove_pointer<U>::type>();
@@ -254,6 +254,7 @@ template <typename T> std::string letter() {
   if (std::is_same<U, __half>::value) return "h";
   if (std::is_same<U, __nv_bfloat16>::value) return "b";
   if (std::is_void<U>::value) return "v";
+  if constexpr (std::is_class<U>::value) return "s" + std::to_string(sizeof(U));
   return "?";
 }
 

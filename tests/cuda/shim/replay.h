@@ -4,7 +4,8 @@
 //
 // FILE, as written by recording.py, is a sequence of 64-bit numbers and bytes; for each launch
 //   kernel, 7 sizes, regions, for each of them: offset in 16 bytes, size, contents before, contents after;
-//   arguments, for each of them: kind (0 value, 1 pointer, 2 null), value or (region << 40 | offset)
+//   arguments, for each of them: kind (0 value, 1 pointer, 2 null), value or (region << 40 | offset), −1 for a pointer to
+//   nothing; or kind 3, a struct: its size, how many pointers, its bytes, for each pointer where it lies and what it is
 
 #include <stdio.h>
 
@@ -44,14 +45,22 @@ int main(int argc, char** argv) {
       memcpy(region.start, bytes(file, size).data(), size);
       region.after = bytes(file, size);
     }
-    std::vector<int64_t> values(number(file));
+    const auto address = [&](int64_t place) {
+      return place < 0 ? nullptr : regions[place >> 40].start + (place & ((1ll << 40) - 1));
+    };
+    std::vector<std::vector<unsigned char>> values(number(file));
     std::vector<void*> args;
-    for (int64_t& value : values) {
-      const int64_t kind = number(file);
-      value = number(file);
-      if (kind == 1) value = (int64_t)(regions[value >> 40].start + (value & ((1ll << 40) - 1)));
-      if (kind == 2) value = 0;
-      args.push_back(&value);
+    for (std::vector<unsigned char>& value : values) {
+      const int64_t kind = number(file), size = kind == 3 ? number(file) : 8, pointers = kind == 3 ? number(file) : 0;
+      value = bytes(file, size);
+      for (int64_t k = 0; k < (kind == 3 ? pointers : kind == 1); ++k) {
+        const int64_t offset = kind == 3 ? number(file) : 0;
+        int64_t place = 0;
+        if (kind == 3) place = number(file); else memcpy(&place, value.data(), 8);
+        const void* pointer = address(place);
+        memcpy(value.data() + offset, &pointer, 8);
+      }
+      args.push_back(value.data());
     }
     shim::Report report;
     if (shim_launch((int)kernel, sizes, args.data(), atoi(argv[2]), &report)) {
