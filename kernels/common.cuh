@@ -167,10 +167,10 @@ struct Wide {
   static const int N = 16 / sizeof(T);
 };
 
-// How many elements before `row` the 16-byte boundary lies that a row's packs are counted from.
+// How many elements before `row` the boundary lies that a row's packs of V are counted from.
 template <typename T, int V>
 __device__ __forceinline__ int lead_of(const T* row) {
-  return V == 1 ? 0 : (int)(((unsigned long long)row % 16) / sizeof(T));
+  return V == 1 ? 0 : (int)(((unsigned long long)row % (V * sizeof(T))) / sizeof(T));
 }
 
 // Where a pack lies: its columns are c, c + 1, …, of which those from c + from to before c + to exist.

@@ -15,7 +15,7 @@
 //   gradient   turns a pack of logits into a pack of gradients
 //
 //   ce_rows<T, DENSE, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0): forward, or both
-//                                       sweeps with the row kept on chip between them
+//                                       sweeps with the row kept on chip between them; gradients of type G, by default T
 //   ce_partial + ce_combine             a row by several blocks: their sums meet in a second kernel
 //   ce_backward                         gradients from M, S and A
 //
@@ -388,8 +388,8 @@ __device__ __forceinline__ Row<Acc<T>> finish(
 }
 
 // The gradients of a group of row n.
-template <typename T, bool DENSE, int V>
-__device__ __forceinline__ Pack<T, V> gradient_group(
+template <typename G, typename T, bool DENSE, int V>
+__device__ __forceinline__ Pack<G, V> gradient_group(
     const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, const Pack<T, V>& group) {
   typedef Acc<T> A;
   A z[V], slope[V], y[V], q[V];
@@ -397,7 +397,7 @@ __device__ __forceinline__ Pack<T, V> gradient_group(
   target_group<T, DENSE, V>(p, n, at, y, q);
   const i64 offset = row.hot - at.c;
   const int hot = offset >= 0 && offset < V ? (int)offset : -1;
-  Pack<T, V> grad;
+  Pack<G, V> grad;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     if (!DENSE && i == hot) y[i] += row.y_hot;
@@ -405,28 +405,38 @@ __device__ __forceinline__ Pack<T, V> gradient_group(
     // ∂L/∂z = (A·p − y) + 2λ·m·(M + S)·p: where A·p is y, what is left of λ has all its digits
     A g = (row.mass * prob - y[i] + row.pull * prob) * row.scale;
     if (p.softcap != 0) g *= slope[i];
-    grad.x[i] = narrow<T>(g);
+    grad.x[i] = narrow<G>(g);
   }
   return grad;
 }
 
 // The gradients of a pack of row n: 0, whatever the logits are, in a row that does not count.
-template <typename T, bool DENSE, int V>
-__device__ __forceinline__ Pack<T, V> gradient(
+template <typename G, typename T, bool DENSE, int V>
+__device__ __forceinline__ Pack<G, V> gradient(
     const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, Pack<T, V> pack) {
-  const int G = Group<T, V>::N;
+  const int S = Group<T, V>::N;
+  Pack<G, V> grads;
 #pragma unroll 1
-  for (int i = 0; i < V; i += G) {
-    Pack<T, G> group = first_of<G>(pack);
+  for (int i = 0; i < V; i += S) {
+    const Pack<T, S> group = first_of<S>(pack);
+    Pack<G, S> grad;
     if (row.counts) {
-      group = gradient_group<T, DENSE, G>(p, row, n, at.after(i), group);
+      grad = gradient_group<G, T, DENSE, S>(p, row, n, at.after(i), group);
     } else {
 #pragma unroll
-      for (int k = 0; k < G; ++k) group.x[k] = narrow<T>((Acc<T>)0);
+      for (int k = 0; k < S; ++k) grad.x[k] = narrow<G>((Acc<T>)0);
     }
-    turn(pack, group);
+    if constexpr (Same<G, T>::value) {
+      turn(pack, grad);  // one ring holds both: two would cost registers
+    } else {
+      turn(pack, group);
+      turn(grads, grad);
+    }
   }
-  return pack;
+  if constexpr (Same<G, T>::value)
+    return pack;
+  else
+    return grads;
 }
 
 // ------------------------------------------------------------------------------------------------ kernels
@@ -438,11 +448,11 @@ __device__ __forceinline__ Pack<T, V> gradient(
 //                         └─► absorb ─► lanes ─► warps ─► finish ─► M, S, A ─┘
 //
 // kept is a ring of registers: each turn of the first loop puts a pack in at the end, each turn of the second takes the
-// first. stage is shared memory, for blocks only; with a grad_nc the row must fit. grad_nc may be logits_nc: a row is
-// on chip before its first gradient is written.
-template <typename T, bool DENSE, int LANES, int V, int KEEP>
+// first. stage is shared memory, for blocks only; with a grad_nc the row must fit. The gradients of a row may lie over its
+// logits, from the row's start: it is on chip before the first of them is written.
+template <typename T, bool DENSE, int LANES, int V, int KEEP, typename G = T>
 __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_rows(const Problem<T> p,
-    const RowsOut<T> out, const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc, i64 grad_stride) {
+    const RowsOut<T> out, const Acc<T>* row_scale_n, i64 scale_stride, G* grad_nc, i64 grad_stride) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
   Row<A>* const row_of_block = reinterpret_cast<Row<A>*>(shared);  // 64 bytes
@@ -513,8 +523,8 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
   }
 
   if (!KEEP) return;
-  T* grad = grad_nc + n * grad_stride;
-  const bool wide = lead_of<T, V>(grad) == lead;
+  G* grad = grad_nc + n * grad_stride;
+  const bool wide = lead_of<G, V>(grad) == lead;
 #pragma unroll 1
   for (int k = 0; k < turns; ++k) {
     const int j = lane + k * lanes;
@@ -523,7 +533,7 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
     if (j < packs) {
       if (!LANES && k >= KEEP) mine = stage[j - KEEP * lanes];
       const Span at = span_of<V>(j, lead, p.C);
-      store_pack(grad, at, wide, gradient<T, DENSE, V>(p, row, n, at, mine));
+      store_pack(grad, at, wide, gradient<G, T, DENSE, V>(p, row, n, at, mine));
     }
   }
 }
@@ -581,10 +591,16 @@ __global__ void __launch_bounds__(128)
 
 // Gradients from M, S and A. A block is blockDim.x / lanes rows of `lanes` threads, a power of two; a thread writes up
 // to `each` packs, `lanes` apart; block b of a group of rows is its tile b % tiles.
-template <typename T, bool DENSE, int V>
+//
+// Gradients shorter than logits may lie over them, from the row's start. Then there is one tile, and its turns go up the
+// row together, so that what they write lies below what is still to be read:
+//
+//   logits (4 bytes)    |turn 0        |turn 1        |turn 2        |
+//   gradients (2 bytes) |0     |1     |2     |                          turn 2 is written when all have read it
+template <typename T, bool DENSE, int V, typename G = T>
 __global__ void __launch_bounds__(256, 4)
     ce_backward(const Problem<T> p, const Acc<T>* row_max_n, const Acc<T>* log_sum_n, const Acc<T>* mass_n,
-        const Acc<T>* row_scale_n, i64 scale_stride, T* grad_nc, i64 grad_stride, int lanes, int each, i64 tiles) {
+        const Acc<T>* row_scale_n, i64 scale_stride, G* grad_nc, i64 grad_stride, int lanes, int each, i64 tiles) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
   Row<A>* const rows = reinterpret_cast<Row<A>*>(shared);  // one per row of the block
@@ -604,20 +620,20 @@ __global__ void __launch_bounds__(256, 4)
   }
   __syncthreads();  // a row's threads read what one thread wrote
   const i64 n = first + r;
-  if (n >= p.N) return;
+  const bool exists = n < p.N;  // rows past the end have no packs, but their threads wait with the others
   const Row<A>& row = rows[r];
-  const T* logits = p.logits_nc + n * p.stride;
-  T* grad = grad_nc + n * grad_stride;
+  const T* logits = p.logits_nc + (exists ? n : 0) * p.stride;
+  G* grad = grad_nc + (exists ? n : 0) * grad_stride;
   const int lead = lead_of<T, V>(logits);
-  const bool wide = lead_of<T, V>(grad) == lead;
-  const int packs = packs_of<V>(lead, p.C);
+  const bool wide = lead_of<G, V>(grad) == lead;
+  const int packs = exists ? packs_of<V>(lead, p.C) : 0;
   for (int k = 0; k < each; ++k) {
     const i64 j = (tile * each + k) * lanes + lane;
-    if (j >= packs) return;
     const Span at = span_of<V>(j, lead, p.C);
     Pack<T, V> pack{};  // a row that does not count is not read
-    if (row.counts) pack = load_pack<T, V>(logits, at, narrow<T>((A)0));
-    store_pack(grad, at, wide, gradient<T, DENSE, V>(p, row, n, at, pack));
+    if (j < packs && row.counts) pack = load_pack<T, V>(logits, at, narrow<T>((A)0));
+    if (sizeof(G) < sizeof(T)) __syncthreads();  // the logits of this turn are read before gradients go over them
+    if (j < packs) store_pack(grad, at, wide, gradient<G, T, DENSE, V>(p, row, n, at, pack));
   }
 }
 

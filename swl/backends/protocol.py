@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-__all__ = ["IGNORED", "INVALID", "NOTHING", "Backend", "Rows", "Target"]
+__all__ = ["IGNORED", "INVALID", "NOTHING", "TF32", "Backend", "Rows", "Target"]
 
 IGNORED = -1
 """In `Target.ids`: the row does not count."""
@@ -132,8 +133,8 @@ class Backend(Protocol):
     ) -> None:
         """``dx = dout @ W.T``, ``dW = x.T @ dout``, ``db = Σ_n dout``: each into its array, or not at all if None.
 
-        With `accumulate` above 0, `dW` and `db` are added to, `dW` in working memory of at most ``2·D·accumulate`` numbers;
-        `dx` is always overwritten.
+        With `accumulate` above 0, all are added to: `dW` in working memory of at most ``2·D·accumulate`` numbers, `dx` in as
+        much as it takes itself.
         """
 
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
@@ -147,11 +148,18 @@ class Backend(Protocol):
     def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
         """One sweep over the logits ``(N, C)``: the loss and what the backward sweep needs of each row."""
 
+    def gradient_over(self, logits: Any, x: Any, W: Any) -> Any:
+        """Give the array, over the memory of ``logits = x·W``, whose dtype the products of the logits' gradient take.
+
+        Logits are rows without gaps. On a host this is `logits` itself. A device gives an array of the dtype of 16-bit `x` and
+        `W`, each of its rows at the start of a row of the logits. The sweeps below take it for `out`.
+        """
+
     def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
         """Write ``out = row_scale·((A + 2λ·m·(M + S))·p − y)·∂z/∂r``; only `row_max`, `log_sum` and `mass` are read.
 
-        `row_scale` has shape ``(N,)`` or ``(1,)`` and dtype ``acc``. `out` may be `logits` itself. Ignored and invalid
-        rows are written as 0.
+        `row_scale` has shape ``(N,)`` or ``(1,)`` and dtype ``acc``. `out` may be `logits` itself, or `gradient_over` it.
+        Ignored and invalid rows are written as 0.
         """
 
     def cross_entropy_forward_backward(
@@ -174,6 +182,10 @@ class Backend(Protocol):
 
     def info(self) -> dict[str, str]:
         """Say what `swl info` prints of this backend."""
+
+
+TF32: ContextVar[bool | None] = ContextVar("swl_tf32", default=None)
+"""Whether a device may multiply float32 with TF32's 10 bits behind the point; None: as its array library does."""
 
 
 class _Nothing:

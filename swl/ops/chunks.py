@@ -116,9 +116,9 @@ def plan(
         Empty for the loss alone.
     memory_budget : int
         Bytes of working memory, inputs and outputs not counted. It is kept from ``4·D + 1`` numbers on; a smaller one
-        gets the smallest chunks. Not in it are the float32 copies of 16-bit inputs, their ``dW`` while it is added up
-        (`Plan.accumulators`), and what each thread of the CPU keeps for products, 1.1 MiB for a dtype. The NumPy backend, the
-        specification, holds several arrays of a chunk's size.
+        gets the smallest chunks. Not in it are the ``dW`` of 16-bit inputs while it is added up (`Plan.accumulators`) and, on
+        a host, the float32 copies of such inputs and what each thread of the CPU keeps for products, 1.1 MiB for a dtype. The
+        NumPy backend, the specification, holds several arrays of a chunk's size.
 
     Returns
     -------
@@ -269,6 +269,10 @@ class _Chunk(NamedTuple):
             target = target._replace(probs=target.probs.array(self.problem.backend))
         return target
 
+    def _over(self, logits: Any) -> Any:
+        """Give where the gradient of these logits goes."""
+        return self.problem.backend.gradient_over(logits, self.x, self.W)
+
     def whole(self, target: Target, scale: Any, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
         """Do rows with all their classes at once."""
         backend, C = self.problem.backend, self.W.shape[1]
@@ -279,15 +283,16 @@ class _Chunk(NamedTuple):
             rows = backend.cross_entropy_forward(logits, target, stats)
             if self.across is not None:
                 rows = self.across(rows, target, plain_mass(backend.xp, target, C, self.problem.acc) if stats else None)
+        G = self._over(logits)
         if rows is None:
-            rows = backend.cross_entropy_forward_backward(logits, target, scale, logits, stats)
+            rows = backend.cross_entropy_forward_backward(logits, target, scale, G, stats)
         elif into is not None:
-            backend.cross_entropy_backward(logits, target, rows, scale, logits)
+            backend.cross_entropy_backward(logits, target, rows, scale, G)
         if into is None:
             return rows
         if into.dx is not None:
-            backend.affine_backward(logits, self.x, self.W, into.dx, None, None)
-        self._add(logits, into, 0, C)
+            backend.affine_backward(G, self.x, self.W, into.dx, None, None)
+        self._add(G, into, 0, C)
         return rows
 
     def forward(self, target: Target, stats: bool) -> Rows:
@@ -306,19 +311,15 @@ class _Chunk(NamedTuple):
     def backward(self, target: Target, scale: Any, into: Gradients, rows: Rows) -> None:
         """Sweep over chunks of classes: the gradients."""
         backend = self.problem.backend
-        dx = share = None
+        dx = None if into.dx is None else backend.empty(self.x.shape, self.problem.acc)
         for c0, c1 in cuts(self.W.shape[1], self.cut.classes):
             logits, here = self._logits(c0, c1), self._target(target, c0, c1)
-            backend.cross_entropy_backward(logits, here, rows, scale, logits)
-            if into.dx is not None:
-                if dx is None:
-                    dx, share = (backend.empty(self.x.shape, self.problem.acc) for _ in range(2))
-                    backend.affine_backward(logits, self.x, self.W[:, c0:c1], dx, None, None)
-                else:
-                    backend.affine_backward(logits, self.x, self.W[:, c0:c1], share, None, None)
-                    dx += share
-            self._add(logits, into, c0, c1)
-        if into.dx is not None:
+            G = self._over(logits)
+            backend.cross_entropy_backward(logits, here, rows, scale, G)
+            if dx is not None:  # the first chunk overwrites, the others add
+                backend.affine_backward(G, self.x, self.W[:, c0:c1], dx, None, None, accumulate=c0)
+            self._add(G, into, c0, c1)
+        if dx is not None:
             into.dx[...] = dx
 
     def _add(self, G: Any, into: Gradients, c0: int, c1: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swl.backends import Backend, get, host_backend
 from swl.backends import device as device_backend
+from swl.backends.protocol import TF32
 from swl.errors import BackendUnavailable
 
 __all__ = ["Bridge", "Cuda", "Host", "bridge", "host_scalar", "share_memory_pool"]
@@ -94,8 +95,20 @@ class Cuda:
     @contextmanager
     def scope(self) -> Iterator[None]:
         stream = _Stream(torch.cuda.current_stream(self.device).cuda_stream)
-        with self.backend.xp.cuda.Device(self.device), self.backend.scope(stream):
-            yield
+        asked = TF32.set(_tf32())
+        try:
+            with self.backend.xp.cuda.Device(self.device), self.backend.scope(stream):
+                yield
+        finally:
+            TF32.reset(asked)
+
+
+def _tf32() -> bool:
+    """Tell whether torch was told to multiply float32 on a CUDA device in TF32: by its newer setting where it has that."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):
+        return bool(matmul.fp32_precision == "tf32")
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 class _Stream:

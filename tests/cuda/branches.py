@@ -31,7 +31,7 @@ class Case(NamedTuple):
     gap: int = 0
     dense: str = ""  # dtype of probabilities; "": class ids
     options: str = ""  # of "weight smoothing bias softcap z_loss shard stats"
-    out: str = "new"  # "new", "same": in place, "shifted": off the logits' boundary
+    out: str = "new"  # "new", "same": in place, "shifted": off the logits' boundary; or a shorter dtype, in place
     processors: int = 2
     shared: int = 4096
 
@@ -58,6 +58,15 @@ def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
         yield Case("two sweeps", dtype, 1, 2100 * V + 1, dense="bfloat16", options="weight stats", shared=1200)
         yield Case("split", dtype, 1, 2060 * V + 1, offset=1, options=ALL, processors=3)
         yield Case("split", dtype, 1, 2060 * V, dense=q, options="smoothing stats", processors=3)
+    for out in ("float16", "bfloat16") if np.float32 in dtypes else ():
+        dtype = np.dtype(np.float32)
+        for dense in ("", "float32"):
+            yield Case("part", dtype, 35, 10, gap=1, dense=dense, out=out)
+            yield Case("warp", dtype, 6, 301, offset=1, dense=dense, options=ALL, out=out)
+            yield Case("block", dtype, 2, 2060, dense=dense, options="bias", out=out)
+        yield Case("block", dtype, 2, 8243, offset=3, gap=2, options="smoothing", out=out)
+        yield Case("two sweeps", dtype, 2, 8401, offset=1, options=ALL, shared=1200, out=out)
+        yield Case("split", dtype, 1, 8240, processors=3, out=out)
 
 
 @contextmanager
@@ -136,14 +145,21 @@ def run(case: Case, backend: Any) -> Result:
     moved = {f: asarray(v) for f, v in given.target._asdict().items() if isinstance(v, np.ndarray)}
     target = given.target._replace(**moved)
     stats = "stats" in case.options.split()
-    logits = _placed(given.logits, case.offset, case.gap)
-    other = {"new": 0, "same": case.offset, "shifted": case.offset + 1}[case.out]
-    scale = asarray(given.row_scale)
+    place = lambda: _placed(given.logits, case.offset, case.gap)  # noqa: E731
+    logits, scale = place(), asarray(given.row_scale)
+
+    def empty(over: Any) -> Any:
+        """Give where a gradient goes."""
+        if case.out in ("new", "same", "shifted"):
+            other = {"new": 0, "same": case.offset, "shifted": case.offset + 1}[case.out]
+            return _placed(np.full_like(given.logits, np.nan), other, case.gap)
+        return over.view(np.dtype(getattr(ml_dtypes, case.out, case.out)))[:, : case.C]
 
     forward = backend.cross_entropy_forward(logits, target, stats)
-    separate = _placed(np.full_like(given.logits, np.nan), other, case.gap)
-    backend.cross_entropy_backward(logits, target, forward, scale, separate)
-    out = logits if case.out == "same" else _placed(np.full_like(given.logits, np.nan), other, case.gap)
+    again = place()
+    separate = empty(again)
+    backend.cross_entropy_backward(again, target, forward, scale, separate)
+    out = logits if case.out == "same" else empty(logits)
     rows = backend.cross_entropy_forward_backward(logits, target, scale, out, stats)
     host = lambda r: Rows(*(None if x is None else x.get() for x in r))  # noqa: E731
     return Result(host(rows), out.get(), host(forward), separate.get())

@@ -93,7 +93,7 @@ def check_case(case: branches.Case, make: MakeBackend) -> None:
             assert np.array_equal(got, want), f"argmax: {got} {want}"
         elif got is not None:
             close(name, got, want, LOSS[acc])
-    close("gradient", result.grad, grad, GRAD[case.dtype.name])
+    close("gradient", result.grad, grad, GRAD[result.grad.dtype.name])
     ids = branches.inputs(case).target.ids
     if ids is not None:
         assert np.all(result.grad[ids < 0].astype(np.float64) == 0), "the gradient of a row that does not count"

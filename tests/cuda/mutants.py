@@ -54,6 +54,12 @@ MUTANTS = (
         "  // a row's threads",
     ),
     Mutant(
+        "16-bit gradients go over logits that others have still to read",
+        "cross_entropy",
+        "    if (sizeof(G) < sizeof(T)) __syncthreads();",
+        "    ",
+    ),
+    Mutant(
         "no barrier before thread 0 counts class ids",
         "cross_entropy",
         "  __syncthreads();  // thread 0 reads",
@@ -123,13 +129,13 @@ MUTANTS = (
     Mutant(
         "packs laid from the row's start, wherever it lies",
         "common",
-        "return V == 1 ? 0 : (int)(((unsigned long long)row % 16) / sizeof(T));",
+        "return V == 1 ? 0 : (int)(((unsigned long long)row % (V * sizeof(T))) / sizeof(T));",
         "return 0;",
     ),
     Mutant(
         "16-byte stores although the gradient lies off the logits' boundary",
         "cross_entropy",
-        "const bool wide = lead_of<T, V>(grad) == lead;",
+        "const bool wide = lead_of<G, V>(grad) == lead;",
         "const bool wide = true;",
     ),
     Mutant(
@@ -161,8 +167,8 @@ MUTANTS = (
     Mutant(
         "an ignored row has a gradient",
         "cross_entropy",
-        "    if (row.counts) {\n      group =",
-        "    if (true) {\n      group =",
+        "    if (row.counts) {\n      grad =",
+        "    if (true) {\n      grad =",
     ),
     Mutant("an invalid id passes silently", "cross_entropy", "id == INVALID ? nan : (A)0", "(A)0"),
     Mutant(

@@ -423,9 +423,8 @@ def _new(what: str, value: Any, *operands: Any) -> ndarray:
     value = np.asarray(value)
     if value.dtype.kind in "OUSVM" and value.dtype.name != "bfloat16":
         raise ValueError(f"Unsupported dtype {value.dtype}")
-    host = _aligned(value.shape, value.dtype)
-    if value.ndim > 1 and value.flags.f_contiguous and not value.flags.c_contiguous:
-        host = _aligned(value.shape[::-1], value.dtype).T
+    turned = value.ndim > 1 and value.flags.f_contiguous and not value.flags.c_contiguous
+    host = _aligned(value.shape[::-1], value.dtype).T if turned else _aligned(value.shape, value.dtype)
     host[...] = value
     return ndarray(host)
 
@@ -747,6 +746,17 @@ def _argument(what: str, parameter: cpu_kernels.Parameter, arg: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ cuBLAS
 
 _HANDLE = 0xB1A5
+_math_modes: dict[int, int] = {}
+
+
+def getMathMode(handle: int) -> int:  # noqa: N802 - cuBLAS's name
+    return _math_modes.get(handle, 0)
+
+
+def setMathMode(handle: int, mode: int) -> None:  # noqa: N802 - cuBLAS's name
+    _math_modes[handle] = mode
+
+
 _R = {0: np.float32, 1: np.float64, 2: np.float16, 14: "bfloat16"}
 
 
@@ -787,8 +797,12 @@ def gemmEx(  # noqa: N802 - cuBLAS's name
         raise Forbidden(f"gemmEx: handle {handle}, algorithm {algo}, types {Atype} and {Btype}")
     if not all(isinstance(address, _Address) for address in (A, B, C)):
         raise Forbidden("gemmEx: an address that is not of an array")
-    _works("gemmEx", A, B, C)
-    acc = {68: np.float32, 70: np.float64}[computeType]
+    _works(f"gemmEx of {np.dtype(_R[Atype]).name} into {np.dtype(_R[Ctype]).name}", A, B, C)
+    acc = {68: np.float32, 70: np.float64, 77: np.float32}[computeType]
+    if Atype in (2, 14) and not _math_modes.get(handle, 0) & 16:
+        raise Forbidden("gemmEx: parts of a 16-bit result may be added in 16 bit")
+    if computeType == 77 and Atype != 0:
+        raise Forbidden(f"gemmEx: TF32 of type {Atype}")
     if (computeType == 70) != (Atype == 1) or Ctype not in (Atype, 1 if computeType == 70 else 0):
         raise Forbidden(f"gemmEx: types {Atype}, {Ctype} with compute type {computeType}")
     if min(m, n, k) < 1 or max(m, n, k, lda, ldb, ldc) > 2**31 - 1:
@@ -796,6 +810,8 @@ def gemmEx(  # noqa: N802 - cuBLAS's name
     one, add = (np.frombuffer((ctypes.c_char * acc().itemsize).from_address(p), acc)[0] for p in (alpha, beta))
     a = _matrix(A, Atype, *((k, m) if transa else (m, k)), lda).astype(acc)
     b = _matrix(B, Btype, *((n, k) if transb else (k, n)), ldb).astype(acc)
+    if computeType == 77:  # 10 bits behind the point, as tensor cores have them
+        a, b = ((x.view(np.uint32) + 0xFFF + (x.view(np.uint32) >> 13 & 1) & 0xFFFFE000).view(acc) for x in (a, b))
     c = _matrix(C, Ctype, m, n, ldc)
     with np.errstate(all="ignore"):
         value = one * ((a.T if transa else a) @ (b.T if transb else b))
@@ -816,6 +832,8 @@ cuda = SimpleNamespace(
     ExternalStream=ExternalStream,
     get_current_stream=get_current_stream,
     runtime=_Runtime,
-    cublas=SimpleNamespace(gemmEx=gemmEx),
+    cublas=SimpleNamespace(gemmEx=gemmEx, getMathMode=getMathMode, setMathMode=setMathMode),
     device=SimpleNamespace(get_cublas_handle=lambda: _HANDLE + _current.device),  # each device has its own
 )
+
+_core = SimpleNamespace(get_compute_type=lambda _dtype: 0)

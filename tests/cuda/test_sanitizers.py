@@ -48,15 +48,11 @@ def synchronising() -> recording.Recording:
     return record([*branches.cases(full), *(c for c in branches.cases(others) if c.out == "shifted" or c.offset)])
 
 
-MODULES = [
-    *(f"ce_rows<{T}, {dense}" for T in ("float", "double", "__half", "__nv_bfloat16") for dense in ("false", "true")),
-    *(f"fill_rows<{T}" for T in ("float", "double", "__half", "__nv_bfloat16")),
-    "prepare_ids",
-]
+MODULES = [names[0] for names in instances().values()]  # each by its first kernel
 
 
 def replay(made: recording.Recording, module: str, flags: tuple[str, ...], mode: int, folder: Path) -> None:
-    (names,) = (names for names in made.launches if names[0].startswith(module))
+    (names,) = (names for names in made.launches if names[0] == module)
     complaint = recording.replay(made.libraries[names], bytes(made.launches[names]), flags, mode, folder)
     assert not complaint, complaint[:4000]
 
@@ -105,6 +101,7 @@ def test_a_broken_kernel_is_seen(
     flags: tuple[str, ...], mode: int, old: str, new: str, words: str, tmp_path: Path
 ) -> None:
     cases = [c for c in branches.cases(branches.DTYPES[:1]) if c.options == branches.ALL and not c.dense]
+    cases = [c for c in cases if c.out in ("new", "same", "shifted")]  # those of one module
     with recording.recording() as made:
         for case in cases:
             with branches.small_device(case.processors, case.shared):

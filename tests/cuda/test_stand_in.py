@@ -28,6 +28,8 @@ OWN = {
     "N_DEVICES",
     "observers",
     "gemmEx",
+    "getMathMode",
+    "setMathMode",
     "RawKernel",
     "Device",
     "Stream",

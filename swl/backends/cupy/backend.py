@@ -22,7 +22,7 @@ import numpy as np
 
 from swl.backends import Backend, Rows
 from swl.backends.cupy.structs import PROBLEM, ROWS_OUT
-from swl.backends.protocol import Target
+from swl.backends.protocol import TF32, Target
 from swl.errors import BackendUnavailable
 
 __all__ = ["CupyBackend", "Limits", "Plan", "instances", "load", "module_source", "plan", "source"]
@@ -88,6 +88,7 @@ forward, backward and the fused sweep must agree to the bit."""
 
 _C = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # C's name of a dtype
 _SIZE = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}  # bytes
+_NARROWER = {"float": ("__half", "__nv_bfloat16")}  # types of gradients, other than their own, that logits may have
 _INDEX = {"int32": "int", "int64": "long long"}
 
 
@@ -107,6 +108,14 @@ def instances() -> dict[tuple[str, ...], tuple[str, ...]]:
                 f"ce_backward<{T}, {dense}, 1>",
                 f"ce_backward<{T}, {dense}, {wide}>",
             )
+            for G in _NARROWER.get(T, ()):  # gradients of a fused head, for products of 16-bit operands
+                groups["cross_entropy", T, dense, G] = (
+                    f"ce_rows<{T}, {dense}, 8, 1, 4, {G}>",
+                    f"ce_rows<{T}, {dense}, 32, {wide}, {_KEEP_WARP}, {G}>",
+                    f"ce_rows<{T}, {dense}, 0, {wide}, {_KEEP_BLOCK}, {G}>",
+                    f"ce_backward<{T}, {dense}, 1, {G}>",
+                    f"ce_backward<{T}, {dense}, {wide}, {G}>",
+                )
         groups["affine", T] = (
             *(f"fill_rows<{T}, {B}>" for B in _SIZE),
             f"column_sums<{T}, 1>",
@@ -201,7 +210,9 @@ _PROBS = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}  # probs_type
 
 # of cuBLAS: library_types.h and cublas_api.h
 _CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
-_COMPUTE_32F, _COMPUTE_64F = 68, 70
+_COMPUTE_32F, _COMPUTE_64F, _COMPUTE_32F_FAST_TF32 = 68, 70, 77
+_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+_CUPY_TF32 = 7  # COMPUTE_TYPE_TF32 of CuPy's get_compute_type, which reads CUPY_TF32
 _OP_N, _OP_T = 0, 1
 _GEMM_DEFAULT = -1
 # alpha and beta are read on the host, when gemmEx is called
@@ -346,7 +357,7 @@ class CupyBackend:
     ) -> None:
         dout = _for_gemm(self.xp, dout)[0]
         if dx is not None:
-            self._gemm(dout, W.T, dx, add=False)
+            self._gemm(dout, W.T, dx, add=accumulate > 0)
         if dW is not None:
             self._gemm(x.T, dout, dW, add=accumulate > 0)
         if db is not None:
@@ -382,29 +393,44 @@ class CupyBackend:
         (N, K), D = out.shape, a.shape[1]
         zero = _SCALARS[acc.name].ctypes.data
         one = zero + acc.itemsize
-        cublas = xp.cuda.cublas
-        # cuBLAS counts by columns: what it calls outᵀ (K, N) = bᵀ (K, D)·aᵀ (D, N) is our out by rows
-        cublas.gemmEx(
-            xp.cuda.device.get_cublas_handle(),
-            op_b,
-            op_a,
-            K,
-            N,
-            D,
-            one,
-            b.data.ptr,
-            _CUDA_R[b.dtype.name],
-            ld_b,
-            a.data.ptr,
-            _CUDA_R[a.dtype.name],
-            ld_a,
-            one if add else zero,
-            out.data.ptr,
-            _CUDA_R[out.dtype.name],
-            ld_out,
-            _COMPUTE_64F if acc == np.float64 else _COMPUTE_32F,
-            _GEMM_DEFAULT,
-        )
+        cublas, handle = xp.cuda.cublas, xp.cuda.device.get_cublas_handle()  # the handle is this thread's
+        mode = cublas.getMathMode(handle)
+        if dtype.itemsize == 2:  # the parts of a long sum are added in float32 too, so the result is rounded once
+            cublas.setMathMode(handle, mode | _DISALLOW_REDUCED_PRECISION_REDUCTION)
+        try:
+            # cuBLAS counts by columns: what it calls outᵀ (K, N) = bᵀ (K, D)·aᵀ (D, N) is our out by rows
+            cublas.gemmEx(
+                handle,
+                op_b,
+                op_a,
+                K,
+                N,
+                D,
+                one,
+                b.data.ptr,
+                _CUDA_R[b.dtype.name],
+                ld_b,
+                a.data.ptr,
+                _CUDA_R[a.dtype.name],
+                ld_a,
+                one if add else zero,
+                out.data.ptr,
+                _CUDA_R[out.dtype.name],
+                ld_out,
+                self._compute_type(dtype),
+                _GEMM_DEFAULT,
+            )
+        finally:
+            cublas.setMathMode(handle, mode)
+
+    def _compute_type(self, dtype: Any) -> int:
+        """Give cuBLAS's name of the arithmetic for operands of `dtype`: TF32 only where CuPy or torch was told so."""
+        if dtype == np.float64:
+            return _COMPUTE_64F
+        asked = TF32.get()
+        if asked is None:
+            asked = dtype == np.float32 and self.xp._core.get_compute_type(dtype) == _CUPY_TF32
+        return _COMPUTE_32F_FAST_TF32 if asked and dtype == np.float32 else _COMPUTE_32F
 
     def _fill_rows(self, out: Any, b: Any) -> None:
         """``out[n, :] = b``."""
@@ -454,6 +480,11 @@ class CupyBackend:
         )
 
     # -------------------------------------------------------------------------------------------- cross-entropy
+
+    def gradient_over(self, logits: Any, x: Any, W: Any) -> Any:
+        if x.dtype != W.dtype or x.itemsize != 2 or logits.dtype != np.float32:
+            return logits
+        return logits.view(x.dtype)[:, : logits.shape[1]]  # each row from the start of its logits
 
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
         xp = self.xp
@@ -532,7 +563,8 @@ class CupyBackend:
             )
             self._launch(
                 device,
-                f"ce_rows<{c_type}, {dense}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}>",
+                f"ce_rows<{c_type}, {dense}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}"
+                f"{_narrower(logits, out) if fused else ''}>",
                 (how.blocks,),
                 (how.threads,),
                 (head, outputs, *gradient),
@@ -555,11 +587,12 @@ class CupyBackend:
         few = C <= _PART_LANES * _PART_KEEP
         V = 1 if few else 16 // logits.itemsize
         packs = -(-(C + V - 1) // V)
-        lanes, each = min(_power_of_two(packs), 256), 4
+        lanes = min(_power_of_two(packs), 256)
+        each = 4 if out.itemsize >= logits.itemsize else -(-packs // lanes)  # gradients over the logits: in one tile
         tiles = -(-packs // (lanes * each))
         self._launch(
             self._device(logits),
-            f"ce_backward<{c_type}, {dense}, {V}>",
+            f"ce_backward<{c_type}, {dense}, {V}{_narrower(logits, out)}>",
             (-(-N // (256 // lanes)) * tiles,),
             (256,),
             (
@@ -684,6 +717,11 @@ def _inverse(x: float, acc: Any) -> tuple[Any, Any]:
         return acc(0), acc(0)
     high = acc(1 / x)
     return high, acc(float(1 / Fraction(x) - Fraction(float(high)))) if np.isfinite(high) else acc(0)
+
+
+def _narrower(logits: Any, out: Any) -> str:
+    """Give the template argument for gradients of another type than the logits."""
+    return "" if out.dtype == logits.dtype else f", {_C[out.dtype.name]}"
 
 
 def _refuse_misaligned(x: Any) -> None:

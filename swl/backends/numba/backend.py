@@ -110,7 +110,10 @@ class NumbaBackend(NumpyBackend):
         self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
     ) -> None:
         if dx is not None:
-            product(dout, W.T, dx)
+            share = self.empty(dx.shape, dx.dtype) if accumulate else dx
+            product(dout, W.T, share)
+            if accumulate:
+                dx += share
         if dW is not None:
             product(x.T, dout, dW, add=accumulate and max(1, accumulate // 2))
         if db is not None:

@@ -1,0 +1,155 @@
+"""The products of a fused head on a device: of 16-bit operands where those are given, and rounded once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cpu_kernels
+import emulated
+import ml_dtypes
+import numpy as np
+import pytest
+import stand_in
+
+import swl
+from swl.backends.protocol import TF32
+
+pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
+
+N, D, C = 40, 64, 700
+ONE, ROWS, BOTH = 10**7, 4 * 25 * C, 4 * 4000
+"""Budgets for one chunk, for chunks of rows, and for chunks of rows and classes."""
+SHORT = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    emulated.register()
+    monkeypatch.setattr("swl.ops.chunks.MIN_ROWS", 8)
+    with swl.use_backend(emulated.NAME):
+        yield
+
+
+def operands(dtype: Any) -> tuple[Any, Any, Any]:
+    rng = np.random.default_rng(0)
+    x, W = rng.normal(size=(N, D)).astype(dtype), rng.normal(size=(D, C)).astype(dtype)
+    return x, W, rng.integers(0, C, N)
+
+
+@contextmanager
+def allocated() -> Iterator[list[tuple[Any, Any]]]:
+    """List shape and dtype of all memory taken within."""
+    seen: list[tuple[Any, Any]] = []
+    original = stand_in._aligned
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stand_in, "_aligned", lambda shape, t: seen.append((shape, np.dtype(t))) or original(shape, t))
+        yield seen
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("budget", [ONE, ROWS, BOTH])
+@pytest.mark.parametrize("turned", [False, True], ids=["(D, C)", "(C, D)"])
+def test_all_products_of_a_16_bit_head_take_16_bit_operands(dtype: Any, budget: int, turned: bool) -> None:
+    x, W, t = operands(dtype)
+    x, t = swl.asarray(x), swl.asarray(t)
+    W = swl.asarray(np.ascontiguousarray(W.T)).T if turned else swl.asarray(W)
+    cut = swl.plan(N, D, C, dtype=dtype, memory_budget=budget)
+    assert (cut.rows < N, cut.classes < C) == {ONE: (False, False), ROWS: (True, False), BOTH: (True, True)}[budget]
+    with stand_in.recorded() as works, allocated() as memory:
+        swl.linear_cross_entropy_value_and_grad(x, W, t, memory_budget=budget)
+    products = [work.what for work in works if work.what.startswith("gemmEx")]
+    assert len(products) == cut.products * cut.chunks
+    assert [p for p in products if not p.startswith(f"gemmEx of {dtype.name}")] == []
+    as_large_as_W = [dtype.itemsize for shape, dtype in memory if np.prod(shape) >= D * C]
+    assert sorted(as_large_as_W) == ([2, 4] if cut.accumulators else [2])  # the gradient, and what it was added up in
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("budget", [ONE, ROWS, BOTH])
+def test_the_gradient_of_the_logits_is_rounded_once(dtype: Any, budget: int) -> None:
+    x, W, t = operands(dtype)
+    wide = x.astype(np.float64) @ W.astype(np.float64)
+    _, G = swl.cross_entropy_value_and_grad(wide, t, reduction="sum", backend="numpy")
+    _, (dx, dW, db) = swl.linear_cross_entropy_value_and_grad(
+        *map(swl.asarray, (x, W, t, np.zeros(C, dtype))), reduction="sum", memory_budget=budget
+    )
+    half = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype.name]  # of a unit: one rounding
+    x, W = x.astype(np.float64), W.astype(np.float64)
+    each = half * np.abs(G) + 2.0**-25 * (dtype == np.float16)
+    slack = 1e-5 * np.abs(G) + 1e-7  # of float32
+    for got, want, error in (
+        (dx, G @ W.T, (each + slack) @ np.abs(W.T)),
+        (dW, x.T @ G, np.abs(x.T) @ (each + slack)),
+        (db, G.sum(axis=0), (each + slack).sum(axis=0)),
+    ):
+        got = got.get().astype(np.float64)
+        assert np.all(np.abs(got - want) <= error + half * np.abs(want) * (1 + half) + 2.0**-25)
+
+
+def test_float32_and_mixed_operands_stay_float32() -> None:
+    x, W, t = operands(np.float32)
+    for left, right in ((x, W), (x.astype(np.float16), W), (x, W.astype(ml_dtypes.bfloat16))):
+        with stand_in.recorded() as works:
+            swl.linear_cross_entropy_value_and_grad(*map(swl.asarray, (left, right, t)))
+        products = [work.what for work in works if work.what.startswith("gemmEx")]
+        assert [re.sub(" into.*", "", p) for p in products] == ["gemmEx of float32"] * 3
+
+
+def test_the_callers_math_mode_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W, t = map(swl.asarray, operands(np.float16))
+    handle = stand_in.cuda.device.get_cublas_handle()
+    monkeypatch.setitem(stand_in._math_modes, handle, 3)
+    swl.linear_cross_entropy_value_and_grad(x, W, t)
+    assert stand_in.getMathMode(handle) == 3
+
+    def fails(*_: Any) -> None:
+        assert stand_in.getMathMode(handle) == 3 | 16
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+
+    monkeypatch.setattr(stand_in.cuda.cublas, "gemmEx", fails)
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        swl.affine(x, W)
+    assert stand_in.getMathMode(handle) == 3
+
+
+@pytest.mark.parametrize(("cupy", "torch", "used"), [(0, None, 68), (7, None, 77), (0, True, 77), (7, False, 68)])
+def test_tf32_is_used_where_it_was_asked_for_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch, cupy: int, torch: bool | None, used: int
+) -> None:
+    original, types = stand_in.gemmEx, []
+    monkeypatch.setattr(stand_in.cuda.cublas, "gemmEx", lambda *args: types.append(args[-2]) or original(*args))
+    monkeypatch.setattr(stand_in._core, "get_compute_type", lambda _: cupy)
+    asked = TF32.set(torch)
+    try:
+        for dtype, wanted in ((np.float32, used), (np.float64, 70), (np.float16, 68)):
+            types.clear()
+            swl.linear_cross_entropy_value_and_grad(*map(swl.asarray, operands(dtype)))
+            assert set(types) == {wanted}
+    finally:
+        TF32.reset(asked)
+
+
+def test_cupys_names_for_tf32_are_these() -> None:
+    linalg = pytest.importorskip("cupy._core._routines_linalg", reason="needs CuPy: pip install 'swl[test-cuda]'")
+    assert linalg.compute_type_to_str(7) == "COMPUTE_TYPE_TF32"
+    core = pytest.importorskip("cupy._core", reason="needs CuPy: pip install 'swl[test-cuda]'")
+    assert callable(core.get_compute_type)
+
+
+def test_torch_is_asked_in_its_newer_way_or_in_the_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'swl[torch]'")
+    from swl.torch._bridge import _tf32
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, wanted in (("highest", False), ("high", True), ("medium", True), ("highest", False)):
+            torch.set_float32_matmul_precision(precision)
+            assert _tf32() is wanted
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.backends.cuda, "matmul", object())  # as before torch 2.9
+                assert _tf32() is wanted
+    finally:
+        torch.set_float32_matmul_precision(before)
