@@ -23,6 +23,9 @@ from swl.backends.cupy.backend import OPTIONS, instances, module_source
 
 ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
 
+CUPY_ADDS = ("-ftz=true",)
+"""What CuPy adds to the options of every compilation: float32 results below the normal numbers become 0."""
+
 # Per multiprocessor: threads, 32-bit registers, shared memory in KiB. CUDA C++ Programming Guide, table of technical
 # specifications per compute capability.
 PROCESSOR = {
@@ -128,7 +131,7 @@ def compile_module(job: tuple[tuple[str, ...], str]) -> list[Kernel]:
     names, log = instances()[group], io.StringIO()
     program = _NVRTCProgram(module_source(group), "swl.cu", name_expressions=names, method="cubin")
     include = _package_folder("include/cuda_fp16.h")
-    options = (*OPTIONS, f"-I{include}/include", f"-arch=sm_{architecture}", "--ptxas-options=-v")
+    options = (*OPTIONS, *CUPY_ADDS, f"-I{include}/include", f"-arch=sm_{architecture}", "--ptxas-options=-v")
     cubin, lowered = program.compile(options, log)
     report = {}
     for part in log.getvalue().split("Compiling entry function '")[1:]:

@@ -84,7 +84,9 @@ def module_source(group: tuple[str, ...]) -> str:
 
 OPTIONS = ("-std=c++17", "-fmad=false")
 """Compiler options. No contraction of a·b + c: which ones are contracted differs between kernels of the same code, and
-forward, backward and the fused sweep must agree to the bit."""
+forward, backward and the fused sweep must agree to the bit. CuPy adds ``-ftz=true``: float32 results below the normal numbers
+become 0.
+"""
 
 _C = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # C's name of a dtype
 _SIZE = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}  # bytes
