@@ -52,6 +52,7 @@ def test_kernels_are_compiled_with_the_options_of_the_table(monkeypatch: pytest.
             super().__init__(options=options, **rest)
 
     monkeypatch.setattr(compiler, "_preprocess", preprocess)
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: (f"-arch=sm_{arch}", "cubin"))
     monkeypatch.setattr(compiler, "_empty_file_preprocess_cache", {})
     monkeypatch.setattr(stand_in, "RawModule", RawModule)
     backend = CupyBackend(stand_in)
