@@ -61,7 +61,7 @@ def _read_only(x: Any) -> Any:
 
 def _vector(x: Any | None, dtype: Any) -> Any:
     """Give a vector as the kernels take it: contiguous, and writeable, of which they make no use."""
-    return _NONE[dtype] if x is None else x if x.flags.carray else x.copy()
+    return _NONE[dtype] if x is None else x if x.flags.carray else MEMORY.allocate(x.copy)
 
 
 def _fits(x: Any, acc: Any) -> bool:
@@ -76,9 +76,9 @@ def _staged(x: Any, acc: Any) -> Any:
     """Copy some rows to the form that the kernels take."""
     bits = _BITS.get(x.dtype.name) if acc == _F32 and x.dtype.isnative else None
     if bits is None:
-        return np.array(x, acc, order="C")
-    z = np.empty(x.shape, acc)
-    kernels.convert(_read_only(np.ascontiguousarray(x).view(bits)), z)
+        return MEMORY.allocate(np.array, x, acc, order="C")
+    z = MEMORY.allocate(np.empty, x.shape, acc)
+    kernels.convert(_read_only(MEMORY.allocate(np.ascontiguousarray, x).view(bits)), z)
     return z
 
 
@@ -90,7 +90,7 @@ def _unstage(g: Any, out: Any) -> None:
     elif out.flags.c_contiguous and out.flags.aligned:
         kernels.convert(_read_only(g), out.view(bits))
     else:
-        rounded = np.empty(g.shape, bits)
+        rounded = MEMORY.allocate(np.empty, g.shape, bits)
         kernels.convert(_read_only(g), rounded)
         out[...] = rounded.view(out.dtype)
 
@@ -125,11 +125,11 @@ class NumbaBackend(NumpyBackend):
     def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
         if not -_BEYOND <= ignore_index < _BEYOND or (ids.dtype == np.uint64 and (ids >= _BEYOND).any()):
             return super().prepare_ids(ids, n_classes, ignore_index, weight)
-        clean = np.empty(ids.size, np.int64)
-        m = np.empty(0 if weight is None else ids.size, _F32 if weight is None else weight.dtype)
+        clean = MEMORY.allocate(np.empty, ids.size, np.int64)
+        m = MEMORY.allocate(np.empty, 0 if weight is None else ids.size, _F32 if weight is None else weight.dtype)
         w = _vector(weight, m.dtype)
         if not (ids.dtype.isnative and ids.flags.aligned and ids.flags.c_contiguous):
-            ids = np.array(ids, ids.dtype.newbyteorder("="), order="C")
+            ids = MEMORY.allocate(np.array, ids, ids.dtype.newbyteorder("="), order="C")
         bad, total = kernels.prepare_ids(_read_only(ids), n_classes, ignore_index, w, clean, m)
         if bad >= 0:
             raise_bad_id(ids, bad, n_classes, ignore_index)
@@ -171,7 +171,7 @@ class NumbaBackend(NumpyBackend):
                 elif as_it_is[2]:
                     g = out[a:b]
                 else:
-                    g = np.empty(z.shape, acc) if as_it_is[0] else z
+                    g = MEMORY.allocate(np.empty, z.shape, acc) if as_it_is[0] else z
                 kernels.sweep(_read_only(z), g, a, ids, q, *options)
                 if not as_it_is[2]:
                     _unstage(g, out[a:b])
@@ -190,10 +190,10 @@ class NumbaBackend(NumpyBackend):
         N = logits.shape[0]
         acc = np.float64 if logits.dtype == np.float64 else np.float32
         if not stats:
-            rows = np.empty((5, N), acc)
+            rows = MEMORY.allocate(np.empty, (5, N), acc)
             self._sweep(logits, target, rows, _NO_IDS, row_scale, out, flags)
             return Rows(rows[0], rows[1], rows[2], rows[3], rows[4])
-        rows, argmax = np.empty((7, N), acc), np.empty(N, np.int64)
+        rows, argmax = (MEMORY.allocate(np.empty, *what) for what in (((7, N), acc), (N, np.int64)))
         self._sweep(logits, target, rows, argmax, row_scale, out, flags | kernels.STATS)
         return Rows(rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], argmax)
 

@@ -24,6 +24,7 @@ import llvmlite.binding as llvm
 import numpy as np
 from numba import config, njit
 
+from swl.backends.host.memory import MEMORY
 from swl.backends.numba import gemm_tile as _gemm_tile
 from swl.backends.numba.cache import kept
 from swl.backends.numba.gemm_tile import (
@@ -183,8 +184,8 @@ def gemm(a: Any, b: Any, out: Any, add: bool = False) -> None:
         a, b, out = b.T, a.T, out.T
     target = out
     if out.strides[1] != dtype.itemsize or not out.flags.aligned:
-        target, add_to, add = np.empty(out.shape, dtype), add, False
-    a, b = (x if x.flags.aligned else x.copy() for x in (a, b))
+        target, add_to, add = MEMORY.allocate(np.empty, out.shape, dtype), add, False
+    a, b = (x if x.flags.aligned else MEMORY.allocate(x.copy) for x in (a, b))
     (m, k), n = a.shape, b.shape[1]
     _kernel(
         _room(dtype), a.ctypes.data, *a.strides, b.ctypes.data, *b.strides,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from swl.backends.host.blas import one_thread_each
+from swl.backends.host.memory import MEMORY
 from swl.backends.host.threads import PIECES, POOL
 from swl.backends.numba import gemm as _gemm
 from swl.backends.numba.gemm import gemm
@@ -65,14 +66,16 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
         parts = -(-n // add) if add else 1 << (min(TILES, max(1, max(m, n) // NARROWEST)).bit_length() - 1)
         rows, columns = (1, parts) if n >= m or add else (parts, 1)  # a power of two shares out evenly
         # a 16-bit operand that all tiles share is converted once, the other one tile by tile
-        a, b = (acc(a), b) if rows == 1 else (a, acc(b))
+        a, b = (MEMORY.allocate(acc, a), b) if rows == 1 else (a, MEMORY.allocate(acc, b))
 
     def tile(i: int, j: int) -> None:
         across, down = _part(m, rows, i, high), _part(n, columns, j, wide)
-        left, right, here = acc(a[across]), acc(b[:, down]), out[across, down]
-        y = here if in_place else np.empty(here.shape, np.result_type(left, right))
+        new = MEMORY.allocate
+        left, right, here = new(acc, a[across]), new(acc, b[:, down]), out[across, down]
+        y = here if in_place else new(np.empty, here.shape, np.result_type(left, right))
         if compiled:
-            gemm(left.astype(y.dtype, copy=False), right.astype(y.dtype, copy=False), y, add=in_place and add > 0)
+            left, right = (new(x.astype, y.dtype, copy=False) for x in (left, right))
+            gemm(left, right, y, add=in_place and add > 0)
         else:
             np.matmul(left, right, out=y)
         if bias is not None:
