@@ -170,6 +170,12 @@ def _suffix(vector: ir.VectorType) -> str:
     return f"v{vector.count}{element[str(vector.element)]}"
 
 
+def _has(context: Any, feature: str) -> bool:
+    """Return whether the processor compiled for has what only some of x86-64 have; all of 64-bit ARM do."""
+    triple, _, features = context.codegen().magic_tuple()
+    return triple.startswith(("aarch64", "arm64")) or f"+{feature}" in features.split(",")
+
+
 # ------------------------------------------------------------------------------------------- making vectors
 
 
@@ -205,36 +211,88 @@ def scalar(typingctx: Any, like: Any, value: Any) -> Any:
     return signature(like, like, value), codegen
 
 
-def _to_lanes(builder: Any, raw: Any, dtype: Any, vector: Vector) -> Any:
+def _whole_numbers(vector: Vector, n: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(_I32, vector.lanes), [n] * vector.lanes)
+
+
+def _half_to_single(builder: Any, raw: Any, vector: Vector) -> Any:
+    """Convert half to single precision without an instruction for it, to the same bits."""
+
+    def const(n: int) -> ir.Constant:
+        return _whole_numbers(vector, n)
+
+    h = builder.zext(raw, const(0).type)
+    size = builder.and_(h, const(0x7FFF))
+    fields = builder.shl(size, const(13))
+    normal = builder.add(fields, const((127 - 15) << 23))
+    infinite = builder.or_(fields, const(0x7F800000))
+    quiet = builder.or_(infinite, const(0x00400000))  # NaN
+    tiny = builder.fmul(
+        builder.sitofp(size, vector.llvm), _constant(vector, 2.0**-24)
+    )  # exact, and never subnormal itself
+    bits = builder.select(builder.icmp_signed("<=", size, const(0x7C00)), infinite, quiet)
+    bits = builder.select(builder.icmp_signed("<", size, const(0x7C00)), normal, bits)
+    bits = builder.select(builder.icmp_signed("<", size, const(0x0400)), builder.bitcast(tiny, bits.type), bits)
+    sign = builder.shl(builder.and_(h, const(0x8000)), const(16))
+    return builder.bitcast(builder.or_(bits, sign), vector.llvm)
+
+
+def _single_to_half(builder: Any, value: Any, vector: Vector) -> Any:
+    """Round single to half precision without an instruction for it, to the same bits."""
+
+    def const(n: int) -> ir.Constant:
+        return _whole_numbers(vector, n)
+
+    bits = builder.bitcast(value, const(0).type)
+    size = builder.and_(bits, const(0x7FFFFFFF))
+    fields = builder.lshr(size, const(13))
+    odd = builder.and_(fields, const(1))
+    normal = builder.lshr(builder.add(builder.add(size, odd), const(0xFFF - ((127 - 15) << 23))), const(13))
+    quiet = builder.or_(builder.and_(fields, const(0x3FF)), const(0x7E00))  # NaN
+    # the spacing of numbers from 0.5 on is that of the subnormal ones, so the sum is rounded as they are
+    half = _constant(vector, 0.5)
+    sum_ = builder.fadd(builder.bitcast(size, vector.llvm), half)
+    tiny = builder.sub(builder.bitcast(sum_, bits.type), builder.bitcast(half, bits.type))
+    h = builder.select(builder.icmp_signed("<=", size, const(0x7F800000)), const(0x7C00), quiet)
+    h = builder.select(builder.icmp_signed("<", size, const((127 + 16) << 23)), normal, h)
+    h = builder.select(builder.icmp_signed("<", size, const((127 - 14) << 23)), tiny, h)
+    sign = builder.and_(builder.lshr(bits, const(16)), const(0x8000))
+    return builder.trunc(builder.or_(h, sign), ir.VectorType(_I16, vector.lanes))
+
+
+def _to_lanes(context: Any, builder: Any, raw: Any, dtype: Any, vector: Vector) -> Any:
     """Convert a vector in memory's type to lanes."""
-    target = vector.llvm
     if dtype == vector.lane:
         return raw
+    if vector.lane != types.float32:
+        raise NotImplementedError(f"load of {dtype} as {vector.lane}")
     if dtype == types.uint16:
-        return builder.fpext(builder.bitcast(raw, ir.VectorType(_HALF, vector.lanes)), target)
+        if not _has(context, "f16c"):  # LLVM would call a function that nobody links
+            return _half_to_single(builder, raw, vector)
+        return builder.fpext(builder.bitcast(raw, ir.VectorType(_HALF, vector.lanes)), vector.llvm)
     if dtype == types.int16:
-        wide = ir.VectorType(_I32, vector.lanes)
-        shifted = builder.shl(builder.zext(raw, wide), ir.Constant(wide, [16] * vector.lanes))
-        f32 = builder.bitcast(shifted, ir.VectorType(ir.FloatType(), vector.lanes))
-        return f32 if target.element == ir.FloatType() else builder.fpext(f32, target)
+        sixteen = _whole_numbers(vector, 16)
+        return builder.bitcast(builder.shl(builder.zext(raw, sixteen.type), sixteen), vector.llvm)
     raise NotImplementedError(f"load of {dtype}")
 
 
-def _from_lanes(builder: Any, value: Any, dtype: Any, vector: Vector) -> Any:
+def _from_lanes(context: Any, builder: Any, value: Any, dtype: Any, vector: Vector) -> Any:
     """Convert lanes to memory's type, rounding to nearest even."""
     if dtype == vector.lane:
         return value
+    if vector.lane != types.float32:
+        raise NotImplementedError(f"store of {vector.lane} to {dtype}")
     if dtype == types.uint16:
-        return builder.bitcast(
-            builder.fptrunc(value, ir.VectorType(_HALF, vector.lanes)), ir.VectorType(_I16, vector.lanes)
-        )
+        if not _has(context, "f16c"):
+            return _single_to_half(builder, value, vector)
+        half = builder.fptrunc(value, ir.VectorType(_HALF, vector.lanes))
+        return builder.bitcast(half, ir.VectorType(_I16, vector.lanes))
     if dtype == types.int16:
-        wide = ir.VectorType(_I32, vector.lanes)
 
         def const(n: int) -> ir.Constant:
-            return ir.Constant(wide, [n] * vector.lanes)
+            return _whole_numbers(vector, n)
 
-        bits = builder.bitcast(value, wide)
+        bits = builder.bitcast(value, const(0).type)
         even = builder.and_(builder.lshr(bits, const(16)), const(1))
         rounded = builder.lshr(builder.add(bits, builder.add(even, const(0x7FFF))), const(16))
         quiet = builder.or_(builder.lshr(bits, const(16)), const(0x40))  # rounding must not turn a NaN into an inf
@@ -267,7 +325,7 @@ def load(typingctx: Any, row: Any, start: Any, like: Any) -> Any:
         raw_type = ir.VectorType(_memory_type(context, row.dtype), vector.lanes)
         pointer = _element(builder, array, start)
         raw = builder.load(builder.bitcast(pointer, raw_type.as_pointer()), align=_align(row.dtype))
-        return _to_lanes(builder, raw, row.dtype, vector)
+        return _to_lanes(context, builder, raw, row.dtype, vector)
 
     return sig, codegen
 
@@ -291,7 +349,9 @@ def load_tail(typingctx: Any, row: Any, start: Any, count: Any, fill: Any) -> An
         pointer = builder.bitcast(_element(builder, array, start), raw_type.as_pointer())
         name = f"llvm.masked.load.{_suffix(raw_type)}.p0"
         raw = _call(builder, name, raw_type, [pointer, _I32(_align(row.dtype)), mask, ir.Constant(raw_type, None)])
-        return builder.select(mask, _to_lanes(builder, raw, row.dtype, vector), _splat(builder, fill, vector.lanes))
+        return builder.select(
+            mask, _to_lanes(context, builder, raw, row.dtype, vector), _splat(builder, fill, vector.lanes)
+        )
 
     return sig, codegen
 
@@ -306,7 +366,7 @@ def _storing(stream: bool) -> Any:
     @intrinsic
     def op(typingctx: Any, row: Any, start: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            raw = _from_lanes(builder, args[2], row.dtype, value)
+            raw = _from_lanes(context, builder, args[2], row.dtype, value)
             pointer = builder.bitcast(_element(builder, args[0], args[1]), raw.type.as_pointer())
             stored = builder.store(raw, pointer, align=LINE if stream else _align(row.dtype))
             if stream:
@@ -342,7 +402,7 @@ def store_tail(typingctx: Any, row: Any, start: Any, count: Any, value: Any) -> 
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, start, count, lanes_ = args
-        raw = _from_lanes(builder, lanes_, row.dtype, value)
+        raw = _from_lanes(context, builder, lanes_, row.dtype, value)
         pointer = builder.bitcast(_element(builder, array, start), raw.type.as_pointer())
         mask = _mask(builder, count, value.lanes)
         name = f"llvm.masked.store.{_suffix(raw.type)}.p0"
