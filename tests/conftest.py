@@ -46,7 +46,26 @@ def _emulated() -> tuple[ModuleType | None, str | None]:
 
 
 EMULATED, NO_EMULATOR = _emulated()
-BACKENDS = [*_REGISTRY, *(["cupy-emulated"] if NO_EMULATOR and "cupy-emulated" not in _REGISTRY else [])]
+
+
+# ------------------------------------------------------------------------------------------------ the fake GPU
+
+
+def _fake() -> tuple[ModuleType | None, str | None]:
+    """Register the CUDA backend on the fake driver; give its module, and the reason why it cannot run here."""
+    if not (HERE / "cuda" / "fake.py").exists():
+        return None, None
+    sys.path.insert(0, str(HERE / "cuda"))
+    module = importlib.import_module("fake")
+    return module, module.register()
+
+
+FAKE, NO_FAKE = _fake()
+BACKENDS = [
+    *_REGISTRY,
+    *(["cupy-emulated"] if NO_EMULATOR and "cupy-emulated" not in _REGISTRY else []),
+    *(["cupy-fake"] if NO_FAKE and "cupy-fake" not in _REGISTRY else []),
+]
 
 
 # ------------------------------------------------------------------------------------------------ the fixture
@@ -93,6 +112,8 @@ def _use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     name = request.param
     if name == "cupy-emulated" and NO_EMULATOR:
         pytest.skip(NO_EMULATOR)
+    if name == "cupy-fake" and NO_FAKE:
+        pytest.skip(NO_FAKE)
     try:
         here = On(name)
     except swl.BackendUnavailable as error:

@@ -167,7 +167,9 @@ def assert_close(
     """
     got, want, scale = (np.asarray(a).astype(np.float64) for a in (got, want, scale))
     assert got.shape == want.shape, f"{name} has shape {got.shape}, not {want.shape}"
-    tolerance = roundings * _eps(acc) * np.nan_to_num(scale) + _tiny(acc)
+    # what is too small for a normal number may become 0 before it is multiplied
+    tiny = _tiny(acc) * max(1, np.nan_to_num(scale).max(initial=0))
+    tolerance = roundings * _eps(acc) * np.nan_to_num(scale) + tiny
     if stored is not None and stored != acc:
         tolerance = tolerance + _eps(stored) * np.abs(np.nan_to_num(want)) + _tiny(stored)
     with np.errstate(invalid="ignore"):

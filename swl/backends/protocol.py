@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-__all__ = ["IGNORED", "INVALID", "NOTHING", "TF32", "Backend", "Rows", "Target"]
+__all__ = ["IGNORED", "INVALID", "NOTHING", "TF32", "Backend", "Rows", "Target", "joined"]
 
 IGNORED = -1
 """In `Target.ids`: the row does not count."""
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
         """Join parts that follow one another."""
         if len(parts) == 1:
             return parts[0]
-        return cls(*(None if field[0] is None else xp.concatenate(field) for field in zip(*parts, strict=True)))
+        return cls(*(None if field[0] is None else joined(xp, field) for field in zip(*parts, strict=True)))
 
     @classmethod
     def of_none(cls, xp: Any, acc: Any, stats: bool) -> Rows:
@@ -89,6 +89,21 @@ class Rows(NamedTuple):
         empty = xp.zeros(0, acc)
         extra = (empty, empty, xp.zeros(0, np.int64)) if stats else ()
         return cls(empty, empty, empty, empty, empty, *extra)
+
+
+def joined(xp: Any, parts: Sequence[Any], axis: int = 0) -> Any:
+    """Join arrays of one dtype along `axis`.
+
+    CuPy's `concatenate` copies a table of addresses from the host, which a captured graph would find overwritten.
+    """
+    shape = list(parts[0].shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    out, start = xp.empty(tuple(shape), dtype=parts[0].dtype), 0
+    for part in parts:
+        stop = start + part.shape[axis]
+        out[(slice(None),) * axis + (slice(start, stop),)] = part
+        start = stop
+    return out
 
 
 class Backend(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from swl.backends import Rows
-from swl.backends.protocol import IGNORED, INVALID, Target
+from swl.backends.protocol import IGNORED, INVALID, Target, joined
 
 __all__ = ["combine", "final_logits", "plain_mass", "row_loss"]
 
@@ -51,7 +51,7 @@ def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int
     Rows
     """
     with np.errstate(invalid="ignore"):
-        tops = xp.stack([part.row_max for part in parts])
+        tops = joined(xp, [part.row_max[None] for part in parts])
         M = tops.max(axis=0)
         shifts = xp.where(tops == M, tops.dtype.type(0), tops - M)  # also where both are infinite
         shifts = xp.where(xp.isnan(M), M, shifts)
@@ -92,7 +92,7 @@ def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int
                 for q, top, part, shift in zip(plain_mass, tops, parts, shifts, strict=True)
             ]
         )
-        argmax = xp.stack([part.argmax + start for part, start in zip(parts, starts, strict=True)])
+        argmax = joined(xp, [part.argmax[None] + start for part, start in zip(parts, starts, strict=True)])
         argmax = xp.take_along_axis(argmax, best[None], axis=0)[0]
         if target.ids is not None:
             log_prob = xp.where(target.ids < 0, log_prob.dtype.type(0), log_prob)

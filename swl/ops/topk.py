@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from swl.backends.protocol import joined
+
 __all__ = ["Best", "largest"]
 
 
@@ -27,7 +29,7 @@ class Best:
         at = largest(xp, scores, min(self.k, scores.shape[1]))
         ids, scores = at + first, xp.take_along_axis(scores, at, axis=1)
         if self.ids is not None:
-            ids, scores = (xp.concatenate(both, axis=1) for both in ((self.ids, ids), (self.scores, scores)))
+            ids, scores = (joined(xp, both, axis=1) for both in ((self.ids, ids), (self.scores, scores)))
             at = largest(xp, scores, min(self.k, scores.shape[1]))
             ids, scores = (xp.take_along_axis(a, at, axis=1) for a in (ids, scores))
         self.ids, self.scores = ids, scores

@@ -1,0 +1,28 @@
+// Runs the blocks of a launch. Each thread of a block is a fiber: it runs until it waits at a barrier or shuffle, then
+// the next one runs, by rising or falling number. Blocks come one after the other, by rising or falling number too.
+// Code with a missing barrier gives different numbers in the two orders.
+//
+// Built with -DFAKE_THREADS, every thread of every block is a thread of the operating system, all at the same time.
+
+#pragma once
+
+#include <string>
+
+#include "../include/fake_abi.h"
+
+namespace fake {
+
+struct Launch {
+  const FakeKernel* kernel;
+  void (*enter)(FakeBlock*);  // tells the kernel's library about its block
+  bool fibers;                // the source has a barrier or shuffle
+  unsigned grid[3], block[3], shared;
+  bool reverse;
+  void (*touch)(const void* p, int size);
+  FakeTraffic traffic;
+};
+
+// Runs a launch. Returns which rule it broke, in which block and thread; else an empty string.
+std::string run(Launch& launch, void** args);
+
+}  // namespace fake

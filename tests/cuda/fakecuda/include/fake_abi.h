@@ -1,0 +1,37 @@
+// What a compiled kernel and its scheduler know of each other.
+
+#pragma once
+
+struct FakeIndex {
+  unsigned x, y, z;
+};
+
+struct FakeThread {
+  FakeIndex index;
+  int number;
+};
+
+// Bytes that a launch moved through __ldcs, __ldg and __stcs.
+struct FakeTraffic {
+  long long read, written, wide, narrow;  // wide: accesses of 16 bytes
+};
+
+struct FakeBlock {
+  FakeIndex index, size, grid;
+  unsigned char* shared;
+  FakeThread* thread;  // the one that runs
+  FakeTraffic* traffic;
+  void (*barrier)(int line);
+  void (*exchange)(const void* mine, int size, int from, unsigned long long tag, void* result, unsigned mask);
+  void (*fault)(const char* what);
+  void (*touch)(const void* p, int size);  // null, or checks that an access lies within a region
+};
+
+struct FakeKernel {
+  const char* name;
+  void (*call)(void* function, void** args);
+  void* function;
+  int n_params;
+  const int* sizes;
+  const char* signature;  // see fake_letter in device.h
+};
