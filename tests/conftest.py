@@ -112,8 +112,8 @@ def _use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     name = request.param
     if name == "cupy-emulated" and NO_EMULATOR:
         pytest.skip(NO_EMULATOR)
-    if name == "cupy-fake" and NO_FAKE:
-        pytest.skip(NO_FAKE)
+    if name == "cupy-fake" and (reason := NO_FAKE or FAKE.fakecuda.missing()):
+        pytest.skip(reason)
     try:
         here = On(name)
     except swl.BackendUnavailable as error:

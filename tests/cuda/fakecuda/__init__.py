@@ -45,14 +45,14 @@ def install() -> str | None:
     if any(type(finder).__name__ == "_Finder" for finder in sys.meta_path):
         return None
     if "cupy" in sys.modules:
-        return "CuPy was imported before the fake CUDA driver"
+        return "needs CuPy on a fake driver, but CuPy was imported before"
     try:
         ctypes.CDLL("libcuda.so.1")
-        return "there is a driver of NVIDIA's here, for which the fake CUDA driver makes way"
+        return "needs CuPy on a fake driver, which makes way for the real one that is here"
     except OSError:
         pass
     try:
-        build.cupy()
+        build.check()
     except build.Unavailable as error:
         return str(error)
     sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def _load(folder: Path) -> Any:
     found, *_ = [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in names]
     blas = glob.glob(str(Path(np.__file__).parents[1] / "numpy.libs" / "libscipy_openblas64_*.so"))
     if not blas:
-        raise build.Unavailable("the fake cuBLAS multiplies with the OpenBLAS of NumPy's wheel, which is not there")
+        raise build.Unavailable("needs CuPy on a fake driver, which multiplies with the OpenBLAS of NumPy's wheel")
     products = ctypes.CDLL(blas[0])
     gemms = (getattr(products, f"scipy_cblas_{t}gemm64_") for t in "sd")
     found.fakecuda_gemm(*(ctypes.cast(gemm, ctypes.c_void_p) for gemm in gemms))

@@ -44,7 +44,7 @@ DIRECTIVES = "embedsignature=True,c_api_binop_methods=True,binding=False,freethr
 
 
 class Unavailable(RuntimeError):  # noqa: N818 - reads as what it says
-    """The fake cannot be had here; the message says why."""
+    """The fake cannot be had here; the message says what it needs, as tests/needs.py wants it said."""
 
 
 def cupy() -> tuple[str, str]:
@@ -54,7 +54,7 @@ def cupy() -> tuple[str, str]:
             return name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
-    raise Unavailable("the fake CUDA driver runs a wheel of CuPy, and none is installed; pip install 'swl[test-cuda]'")
+    raise Unavailable("needs CuPy's wheel, to run it on a fake driver: pip install 'swl[test-cuda]'")
 
 
 def folder() -> Path:
@@ -63,7 +63,7 @@ def folder() -> Path:
     found = Path(root) if root else Path(tempfile.gettempdir()) / f"swl-fakecuda-{os.getuid()}"
     found.mkdir(parents=True, exist_ok=True, mode=0o700)
     if found.stat().st_uid != os.getuid():
-        raise Unavailable(f"{found} belongs to another user; set SWL_FAKECUDA_CACHE")
+        raise Unavailable(f"needs CuPy in a folder of its own, but {found} is another user's; set SWL_FAKECUDA_CACHE")
     return found
 
 
@@ -86,7 +86,8 @@ def run(*command: object, env: dict[str, str] | None = None, cwd: Path | None = 
         cwd=cwd,
     )
     if done.returncode:
-        raise Unavailable(f"{' '.join(map(str, command))[:300]} ended with {done.returncode}: {done.stderr[-2000:]}")
+        words = f"{' '.join(map(str, command))[:300]} ended with {done.returncode}: {done.stderr[-2000:]}"
+        raise Unavailable(f"needs CuPy on a fake driver, which cannot be built here: {words}")
     return done.stdout
 
 
@@ -194,12 +195,17 @@ def _members(n: int) -> str:
     return f"  if constexpr (N == {n}) {{ auto& [{names}] = s; f({names}); }}"
 
 
+def check() -> None:
+    """Raise `Unavailable` if it is plain that nothing can be built here."""
+    if shutil.which(CXX) is None:
+        raise Unavailable(f"needs a C++ compiler: {CXX} is not on the PATH (apt install g++, or set CXX)")
+    cupy()
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        raise Unavailable("needs CuPy on a fake driver, which there is for Linux on x86-64 only")
+
+
 def driver() -> Path:
     """Return the folder of the fake driver."""
-    if shutil.which(CXX) is None:
-        raise Unavailable(f"the fake CUDA driver needs a C++ compiler: {CXX} is not on the PATH (apt install g++)")
-    if sys.platform != "linux" or os.uname().machine != "x86_64":
-        raise Unavailable("the fake CUDA driver runs on Linux on x86-64 only")
     sources = sorted(p for p in HERE.rglob("*") if p.suffix in (".cpp", ".h", ".py"))
     return kept(f"driver-{digest(cupys_modules().name, *sources)}", _driver)
 
