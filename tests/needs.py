@@ -20,17 +20,20 @@ import pytest
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
-TORCH, JAX, MPI, CUPY, COMPILER, GPU = REASONS = (
+TORCH, JAX, MPI, CUPY, COMPILER, ROOT, GPU = REASONS = (
     "needs torch",
     "needs JAX",
     "needs MPI",
     "needs CuPy",
     "needs a C++ compiler",
+    "needs the superuser",
     "needs a GPU",
 )
+MACHINE = ROOT, GPU
+"""What no environment brings."""
 
 FILES = {
-    TORCH: ["tests/test_torch.py", "swl/torch/*.py", "docs/torch.md"],
+    TORCH: ["tests/test_torch*.py", "swl/torch/*.py", "docs/torch.md"],
     JAX: ["tests/test_jax.py", "swl/jax.py", "docs/torch.md"],
     MPI: [
         "tests/test_distributed.py",
@@ -49,7 +52,7 @@ MISSING = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail where a test would be skipped for want of a GPU")
     parser.addoption(
-        "--require-peers", action="store_true", help="fail where a test would be skipped for want of all else"
+        "--require-peers", action="store_true", help="fail where a test would be skipped for want of a library"
     )
     parser.addoption("--skipped-to", type=Path, help="write there what another environment has to run: `pytest @FILE`")
 
@@ -93,10 +96,10 @@ def _look_at_skip(report: Any, config: pytest.Config) -> None:
         return
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     reason = reason.removeprefix("Skipped: ")
-    if not reason.startswith(GPU):
+    if not reason.startswith(MACHINE):
         _skipped.append(report.nodeid)
     peers = config.getoption("require_peers")
-    if (IN_CI or peers) and not reason.startswith(GPU if peers else REASONS):
+    if (IN_CI or peers) and not reason.startswith(MACHINE if peers else REASONS):
         report.outcome = "failed"
         report.longrepr = f"must not be skipped here: {reason}"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from needs import ROOT
 
 import swl
 
@@ -237,7 +238,7 @@ posix = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="only on POSIX do 
 @pytest.fixture
 def give_away() -> Callable[[Path], None]:
     if os.geteuid() != 0:
-        pytest.skip("only the superuser can give files away")
+        pytest.skip(f"{ROOT}, who can give files away")
     return lambda path: os.chown(path, STRANGER, STRANGER, follow_symlinks=False)
 
 

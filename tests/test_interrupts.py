@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from needs import ROOT
 
 import swl
 from swl.backends.host import blas
@@ -147,7 +148,7 @@ print("worked")
 
 
 @pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may become a user without processes"
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason=f"{ROOT}, who may become a user without processes"
 )
 def test_a_call_works_where_a_user_may_have_no_more_processes() -> None:
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, check=False)

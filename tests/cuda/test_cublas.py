@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import stand_in
+from needs import CUPY, TORCH
 
 import swl
 from swl.backends.protocol import TF32
@@ -133,14 +134,14 @@ def test_tf32_is_used_where_it_was_asked_for_and_nowhere_else(
 
 
 def test_cupys_names_for_tf32_are_these() -> None:
-    linalg = pytest.importorskip("cupy._core._routines_linalg", reason="needs CuPy: pip install 'swl[test-cuda]'")
+    linalg = pytest.importorskip("cupy._core._routines_linalg", reason=CUPY)
     assert linalg.compute_type_to_str(7) == "COMPUTE_TYPE_TF32"
-    core = pytest.importorskip("cupy._core", reason="needs CuPy: pip install 'swl[test-cuda]'")
+    core = pytest.importorskip("cupy._core", reason=CUPY)
     assert callable(core.get_compute_type)
 
 
 def test_torch_is_asked_in_its_newer_way_or_in_the_older(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'swl[torch]'")
+    torch = pytest.importorskip("torch", reason=TORCH)
     from swl.torch._bridge import _tf32
 
     before = torch.get_float32_matmul_precision()
