@@ -291,6 +291,26 @@ def test_masks_and_nan_stay_in_their_rows(backend: Any, budget: int) -> None:
     assert backend.numpy(other) == np.inf  # the target is masked
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # NumPy's word on ∞ − ∞
+@pytest.mark.parametrize("budget", [BOTH, 20_000, 10**6])
+@pytest.mark.parametrize("dout", [np.inf, -np.inf, np.nan])
+def test_ignored_rows_have_no_gradient_whatever_comes_after(backend: Any, budget: int, dout: float) -> None:
+    rng = np.random.default_rng(0)
+    x, W, t = rng.standard_normal((150, 5)), rng.standard_normal((5, 30)), rng.integers(0, 30, 150)
+    ignored = rng.random(150) < 0.5
+    for upstream, reduction in ((dout, "mean"), (dout, "sum"), (np.where(ignored, dout, 1.0), "none")):
+        g = backend.array(upstream) if isinstance(upstream, np.ndarray) else upstream
+        _, (dx, _, _) = swl.linear_cross_entropy_value_and_grad(
+            *map(backend.array, (x, W, np.where(ignored, -100, t))),
+            dout=g,
+            reduction=reduction,
+            memory_budget=budget,
+        )
+        dx = backend.numpy(dx)
+        assert not dx[ignored].any()
+        assert np.isfinite(dx[~ignored]).all() == (reduction == "none")
+
+
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=str)
 def test_a_16_bit_gradient_adds_up_in_float32(backend: Any, dtype: Any) -> None:
     """4096 equal rows: added up in 16 bit, a row's share would soon be less than half the spacing of the sum."""

@@ -196,6 +196,28 @@ def test_ignored_rows_have_no_gradient_whatever_comes_after(factor: float, C: in
     assert torch.equal(torch.isfinite(x.grad[:10]), torch.isfinite(want[:10]))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # NumPy's word on ∞ − ∞
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), -2.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("budget", [2**20, 20_000, 600])
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_ignored_rows_of_the_fused_head_have_no_gradient_whatever_comes_after(
+    factor: float, reduction: str, budget: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if where == "device":
+        emulate(monkeypatch)
+    x, W, b = torch.randn(70, 5, requires_grad=True), torch.randn(90, 5), torch.randn(90)
+    t = torch.full((70,), 3)
+    t[10:] = -100
+    loss = swl.torch.linear_cross_entropy(x, W, t, linear_bias=b, reduction=reduction, memory_budget=budget)
+    up = torch.full_like(loss, factor)
+    again = torch.autograd.grad(loss, x, up, create_graph=True)[0]
+    once = torch.autograd.grad(loss, x, up)[0]
+    for grad in (once, again):
+        assert not grad[10:].any()
+        assert grad[:10].isfinite().all() == (factor == -2)
+
+
 def test_no_gradient_work_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     x, t = torch.randn(4, 7, requires_grad=True), torch.tensor([1, 2, 3, 0])
     want = swl.torch.cross_entropy(x, t).detach()
@@ -597,13 +619,19 @@ class Emulated:
             t.detach().numpy()[...] = there._host  # unseen by autograd, as the writes of a kernel are
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_device_paths_on_the_emulated_device(dtype: Any, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def emulate(patch: pytest.MonkeyPatch) -> None:
+    """Send tensors to the emulated device."""
     from conftest import EMULATED, NO_EMULATOR
 
     if EMULATED is None or NO_EMULATOR:
         pytest.skip(NO_EMULATOR or "no emulated device")
+    for module in (swl.torch._loss, swl.torch._linear):
+        patch.setattr(module, "bridge", lambda _: Emulated())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_device_paths_on_the_emulated_device(dtype: Any, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, W, b = torch.randn(6, 5).to(dtype), torch.randn(5, 5).to(dtype), torch.randn(5).to(dtype)
     leaves = [t.requires_grad_() for t in (x, W, b)]
     for target in (IDS, torch.rand(6, 5)):
@@ -627,8 +655,7 @@ def test_device_paths_on_the_emulated_device(dtype: Any, reduction: str, monkeyp
 
         want = run()
         with monkeypatch.context() as patch:
-            for module in (swl.torch._loss, swl.torch._linear):
-                patch.setattr(module, "bridge", lambda _: Emulated())
+            emulate(patch)
             got = run()
         for a, w in zip(got, want, strict=True):
             torch.testing.assert_close(a, w, rtol=2e-3 if dtype is torch.float16 else 1e-5, atol=2e-3)

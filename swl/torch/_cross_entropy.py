@@ -25,6 +25,7 @@ from swl.torch._loss import (
     Tensors,
     at_once,
     check,
+    check_ids,
     composed,
     out_dtype,
     route,
@@ -125,6 +126,8 @@ def cross_entropy(
     if way == "traced":
         return _operation(input, target, *given, *setting, dtype)[0]
     if way == "transformed":
+        if not probabilities:
+            check_ids(target, input.shape[0 if input.ndim == 1 else 1], ignore_index)
         return composed(input, target, given, setting, probabilities).to(dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         return _CrossEntropy.apply(input, target, (given, setting, probabilities), dtype)
@@ -204,7 +207,7 @@ def _target_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
     (input, target), rows, tensor = ctx.saved_tensors, ctx.rows, ctx.loss.bridge.tensor
     scale = tensor(ctx.loss.row_scale(grad_output))
     given, setting, _ = ctx.options
-    grad = target_gradient(input, tensor(rows.row_max), tensor(rows.log_sum), scale, given.weight, setting)
+    grad = target_gradient(input, target, tensor(rows.row_max), tensor(rows.log_sum), scale, given.weight, setting)
     return grad.to(target.dtype)
 
 
@@ -281,7 +284,7 @@ def _operation_backward(
         scale = loss.row_scale(grad_output)
         if of_target:
             scale = loss.bridge.tensor(scale)
-            grad = target_gradient(input, kept[0], kept[1], scale, given.weight, setting).to(target.dtype)
+            grad = target_gradient(input, target, kept[0], kept[1], scale, given.weight, setting).to(target.dtype)
             return grad.clone(memory_format=torch.contiguous_format)
         row_max, log_sum, mass = loss.bridge.array(kept)
         grad = loss.backward(input, Rows(None, row_max, log_sum, None, mass), scale)

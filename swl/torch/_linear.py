@@ -29,6 +29,7 @@ from swl.torch._loss import (
     Settings,
     Tensors,
     check,
+    check_ids,
     composed,
     route,
     settings,
@@ -286,6 +287,8 @@ def linear_cross_entropy(
         memory_budget = size * (options.batch_chunk_size * C + 2 * x.shape[1] * min(C, 2048))
     way = route(x, linear_weight, t, linear_bias, *given)
     if way == "transformed":
+        if not probabilities:
+            check_ids(t, C, setting.ignore_index)
         loss = composed(_logits(x, linear_weight, linear_bias), t, given, setting, probabilities).to(dtype)
     elif way == "traced":
         loss = _operation(x, linear_weight, t, linear_bias, *given, *setting, memory_budget, dtype)[0]
@@ -388,14 +391,25 @@ class _Head:
         tensor = self.bridge.tensor
         return [None if g is None else tensor(g) for g in (dx, None if dW is None else dW.T, db)]
 
-    def target_gradient(self, rows: Rows, dout: Any, x: Tensor, W: Tensor, b: Tensor | None, o: Any) -> Tensor:
+    def scale(self, grads: list[Tensor | None], factor: Tensor) -> None:
+        """Scale gradients in place; a row of dx that is ignored stays 0, also where the factor is not finite."""
+        ids = self.problem.target.ids
+        of_rows = factor if ids is None else torch.where(self.bridge.tensor(ids) >= 0, factor, 0)[:, None]
+        for g, by in zip(grads, (of_rows, factor, factor), strict=True):
+            if g is not None:
+                g.mul_(by)
+
+    def target_gradient(
+        self, rows: Rows, dout: Any, x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, o: Any
+    ) -> Tensor:
         """Form the logits once more, all of them: this gradient is as large."""
         given, setting = o
         with torch.no_grad():
             logits = _logits(x, W, b)
             tensor = self.bridge.tensor
             scale = tensor(self.problem.row_scale(dout))
-            return target_gradient(logits, tensor(rows.row_max), tensor(rows.log_sum), scale, given.weight, setting)
+            row_max, log_sum = tensor(rows.row_max), tensor(rows.log_sum)
+            return target_gradient(logits, target, row_max, log_sum, scale, given.weight, setting)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -433,15 +447,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads, ctx.gradients = ctx.gradients, None
         with head.bridge.scope():
             if grads is not None and (not head.bridge.on_host or grad_output.item() != 1.0):
-                for g in grads:
-                    if g is not None:
-                        g.mul_(grad_output)
+                head.scale(grads, grad_output)
             x, W, target, bias = ctx.saved_tensors
             dout = head.loss.dout(grad_output)
             if grads is None:
                 grads = head.backward(dout, ctx.rows) if any(ctx.needs) else [None] * 3
             if ctx.needs_input_grad[2]:
-                d_target = head.target_gradient(ctx.rows, dout, x, W, bias, ctx.options).to(target.dtype)
+                d_target = head.target_gradient(ctx.rows, dout, x, W, target, bias, ctx.options).to(target.dtype)
         dx, dW, db = grads
         return dx, dW, d_target, db, None, None, None, None
 
@@ -520,7 +532,7 @@ def _operation_backward(
         if d_x or d_weight or d_bias:
             out[0], out[1], out[3] = head.backward(dout, rows)
         if d_target:
-            d = head.target_gradient(rows, dout, x, linear_weight, bias, (given, setting))
+            d = head.target_gradient(rows, dout, x, linear_weight, target, bias, (given, setting))
             out[2] = d.to(target.dtype)
     return [t.contiguous() for t in out if t is not None]
 

@@ -25,6 +25,7 @@ __all__ = [
     "Tensors",
     "at_once",
     "check",
+    "check_ids",
     "composed",
     "logits_rows",
     "out_dtype",
@@ -371,47 +372,104 @@ class Loss(NamedTuple):
 
 
 def target_gradient(
-    input: Tensor, row_max: Tensor, log_sum: Tensor, scale: Tensor, weight: Tensor | None, setting: Settings
+    input: Tensor,
+    target: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    setting: Settings,
 ) -> Tensor:
-    """Compute the gradient with respect to probabilities, ``∂loss/∂q_c = −(1−ε)·w_c·log p_c``, in the arithmetic's dtype."""
+    """Compute the gradient with respect to probabilities, ``∂loss/∂q_c = −(1−ε)·w_c·log p_c``, in the arithmetic's dtype.
+
+    It is 0 at a masked class without mass, where the loss is finite only as long as the mass stays 0.
+    """
     z = logits_rows(input).to(row_max.dtype)
     if setting.softcap:
-        z = setting.softcap * torch.tanh(z / setting.softcap)
-    log_p = (z - row_max[:, None]) - log_sum[:, None]
-    grad = log_p * ((setting.label_smoothing - 1.0) * scale[:, None])
-    if weight is not None:
-        grad = grad * weight.to(grad.dtype)
-    return _restored(grad, input)
+        z = _capped(z, setting.softcap)
+    w = z.new_ones(z.shape[1]) if weight is None else weight.to(z.dtype)
+    y = _probability_rows(target, w, setting.label_smoothing)
+    log_p = _log_p(y, z - row_max[:, None], log_sum)
+    return _restored(log_p * w * ((setting.label_smoothing - 1.0) * scale[:, None]), input)
 
 
 def composed(input: Tensor, target: Tensor, given: Tensors, setting: Settings, probabilities: bool) -> Tensor:
-    """Compute the loss in torch's own operations, all of whose derivatives torch knows."""
+    """Compute the loss in torch's own operations, all of whose derivatives torch knows: the equations of the kernels."""
     weight, sample_weight, denominator = given
     reduction, ignore_index, eps, z_loss, softcap = setting
     z = logits_rows(input)
     z = z if z.dtype is torch.float64 else z.float()
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
     C = z.shape[1]
     w = z.new_ones(C) if weight is None else weight.to(z.dtype)
-    lse = torch.logsumexp(z, 1)
+    ids = invalid = None
     if probabilities:
         m = z.new_ones(z.shape[0])
-        y = w * ((1 - eps) * logits_rows(target).to(z.dtype) + eps / C)
+        y = _probability_rows(target, w, eps)
     else:
-        t = target.reshape(-1).long()
-        counts = t != ignore_index
-        t = torch.where(counts, t, 0)
-        m = w[t] * counts
-        y = (1 - eps) * m[:, None] * (t[:, None] == torch.arange(C, device=t.device)) + (eps / C) * w * counts[:, None]
-    log_p = torch.where(y == 0, 0.0, z - lse[:, None]) if not probabilities else z - lse[:, None]
-    loss = -(y * log_p).sum(1)
+        ids = target.reshape(-1).long()
+        counts, invalid = _kinds(ids, C, ignore_index)
+        ids = torch.where(counts, ids, 0)
+        m = torch.where(counts, w[ids], 0)
+        hot = ids[:, None] == torch.arange(C, device=ids.device)
+        y = torch.where(counts[:, None], torch.where(hot, (1 - eps) * m[:, None], 0) + (eps / C) * w, 0)
+        z = torch.where(counts[:, None], z, 0)  # whatever stands in a row that does not count
+    if softcap:
+        z = _capped(z, softcap)
+    M = z.amax(1).detach()  # the loss does not depend on it
+    u = z - M[:, None]
+    S = u.exp().sum(1).log()
+    loss = -(y * _log_p(y, u, S)).sum(1)
     if z_loss:
-        loss = loss + z_loss * torch.where(m == 0, 0.0, m * lse**2)
+        loss = loss + z_loss * m * (M + S) ** 2
+    if invalid is not None:
+        loss = torch.where(invalid, math.nan, loss)
     s = torch.ones_like(m) if sample_weight is None else sample_weight.reshape(-1).to(z.dtype)
     loss = loss * s
     if reduction == "none":
         return loss.view(target.shape if not probabilities else input.shape[:1] + input.shape[2:])
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / ((s * m).sum() if denominator is None else denominator)
+    total = (s * m).sum() if denominator is None else denominator
+    some = total != 0
+    return torch.where(
+        some, loss.sum() / torch.where(some, total, 1), math.nan
+    )  # without a gradient where nothing counts
+
+
+def _kinds(ids: Tensor, C: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Tell which rows count, and which ids are neither a class nor ignored."""
+    legal = (ids >= 0) & (ids < C)
+    if not -(2**63) <= ignore_index < 2**63:  # which no id can be
+        return legal, ~legal
+    ignored = ids == ignore_index
+    return legal & ~ignored, ~(legal | ignored)
+
+
+def _probability_rows(target: Tensor, w: Tensor, eps: float) -> Tensor:
+    """y_c = w_c·((1−ε)·q_c + ε/C)."""
+    return w * ((1 - eps) * logits_rows(target).to(w.dtype) + eps / w.shape[0])
+
+
+def _log_p(y: Tensor, u: Tensor, S: Tensor) -> Tensor:
+    """Compute log p = u − S, but 0 for a masked class, u = −inf, without mass: there y·log p and its derivatives are 0."""
+    return torch.where((y == 0) & (u == -math.inf), 0, u - S[:, None])
+
+
+def _capped(r: Tensor, softcap: float) -> Tensor:
+    """Compute z = κ·tanh(r/κ) in a form whose derivative torch finds without the cancellation of 1 − tanh²."""
+    a = r / softcap
+    near = a.abs() < 0.5
+    return softcap * torch.where(near, a.tanh(), a.sign() * (1 - 2 * torch.sigmoid(-2 * a.abs())))
+
+
+def check_ids(target: Tensor, C: int, ignore_index: int) -> None:
+    """Raise the ValueError of a class id out of range, if the ids inside a transform's tensor can be looked at.
+
+    Where they cannot, `composed` makes the row's loss NaN.
+    """
+    with torch._C._DisableFuncTorch():
+        while torch._C._functorch.is_functorch_wrapped_tensor(target):
+            target = torch._C._functorch.get_unwrapped(target)
+        if type(target) in _PLAIN and target.is_cpu and not torch._C._len_torch_dispatch_stack():
+            here = bridge(target)
+            here.backend.prepare_ids(here.array(target.reshape(-1)), C, ignore_index, None)
