@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from typing import Any, Literal, NamedTuple, TypedDict
 
-__all__ = ["DEFAULTS", "OptionKwargs", "Options", "Reduction"]
+import numpy as np
+
+__all__ = ["DEFAULTS", "OptionKwargs", "Options", "Reduction", "require_magnitudes"]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -27,7 +30,10 @@ class OptionKwargs(TypedDict, total=False):
 
 
 class Options(NamedTuple):
-    """The options of every loss, with torch's names and defaults."""
+    """The options of every loss, with torch's names and defaults.
+
+    Numbers other than 0 must also be within `require_magnitudes` of the arithmetic's dtype.
+    """
 
     weight: Any = None
     """Class weights w, shape (C,)."""
@@ -69,21 +75,21 @@ class Options(NamedTuple):
         if unknown:
             raise TypeError(f"unknown option {min(unknown)!r}; legal options are {', '.join(cls._fields)}")
         self = cls(**kwargs)
-        if self.reduction not in ("mean", "sum", "none"):
+        if not isinstance(self.reduction, str) or self.reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {self.reduction!r}; legal are 'mean', 'sum' and 'none'")
         _number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda v: 0 <= v < 1)
         _number("z_loss", self.z_loss, "finite and at least 0", lambda v: 0 <= v < math.inf)
         if self.softcap is not None:
             _number("softcap", self.softcap, "None or finite and above 0", lambda v: 0 < v < math.inf)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
-            raise TypeError(f"ignore_index must be an integer, got {self.ignore_index!r}")
+            raise TypeError(f"ignore_index must be an integer, got {_shown(self.ignore_index)}")
         if self.denominator is not None:
             if self.reduction != "mean":
                 raise ValueError(f"denominator applies to reduction='mean' only, got reduction={self.reduction!r}")
             if getattr(self.denominator, "ndim", None) != 0 or isinstance(self.denominator, numbers.Number):
                 _number("denominator", self.denominator, "finite and above 0", lambda v: 0 < v < math.inf)
-        if self.check not in (None, True, False):
-            raise TypeError(f"check must be True, False or None, got {self.check!r}")
+        if self.check is not None and not isinstance(self.check, bool | np.bool):
+            raise TypeError(f"check must be True, False or None, got {_shown(self.check)}")
         return self
 
 
@@ -91,8 +97,64 @@ DEFAULTS = Options()
 """What `Options.checked` gives where there are none."""
 
 
+def require_magnitudes(
+    acc: np.dtype[Any],
+    C: int,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    denominator: float | None = None,
+) -> None:
+    """Check that options which are not 0 have a magnitude that arithmetic in `acc` can work with.
+
+    Legal are ``tiny/eps`` to ``eps/tiny`` of the dtype, 1e-31 to 1e31 in float32: there a quotient by the number that
+    underflows, to a subnormal number or to 0, is less than a rounding error of 1, and so is a product with it.
+
+    Raises
+    ------
+    ValueError
+        Naming the option, what came and what is legal.
+    """
+    least, most = _magnitudes(acc)
+    for name, value, low in (
+        ("label_smoothing", label_smoothing, C * least),  # kernels take ε/C
+        ("z_loss", z_loss, least),
+        ("softcap", softcap, least),
+        ("denominator", denominator, least),
+    ):
+        if value and not low <= value <= most:
+            high = "1)" if name == "label_smoothing" else f"{most:.3g}]"
+            raise ValueError(
+                f"{name} must be {'None' if name == 'softcap' else 0} or in [{low:.3g}, {high} "
+                f"where arithmetic is in {acc}, got {_shown(value)}"
+            )
+
+
+@functools.cache
+def _magnitudes(acc: np.dtype[Any]) -> tuple[float, float]:
+    info = np.finfo(acc)
+    least = float(info.tiny) / float(info.eps)
+    return least, 1 / least
+
+
 def _number(name: str, value: Any, legal: str, ok: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number {legal}, got {value!r} of type {type(value).__name__}")
-    if not ok(value):  # a NaN fails every comparison
-        raise ValueError(f"{name} must be {legal}, got {value!r}")
+        raise TypeError(f"{name} must be a real number {legal}, got {_shown(value)} of type {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not ok(number):  # a NaN fails every comparison
+        raise ValueError(f"{name} must be {legal}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """Return the value as an error message shows it: not more than a line, and of an array only what it is."""
+    if getattr(value, "shape", ()):
+        return f"an array of shape {value.shape}"
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # Python prints no integer of so many digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:80]}…"

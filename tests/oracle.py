@@ -75,7 +75,7 @@ def cross_entropy(
 
         # the loss of each row and its gradient
         A = y.sum(axis=1)
-        loss = np.where(counts, A * S - _dot(y, u) + z_loss * m * lse**2, 0)
+        loss = np.where(counts, A * S - _dot(y, u) + (z_loss * m * lse**2 if z_loss else 0), 0)
         pull = A + 2 * z_loss * m * lse
         dz = np.where(counts[:, None], (pull[:, None] * p - y) * slope, 0)
 
@@ -83,7 +83,11 @@ def cross_entropy(
         wobble = np.abs(np.where(np.isfinite(u), u, 0)) + S[:, None] + (0 if softcap is None else softcap)
         size = np.abs(M) + np.abs(S)
         capped = 0 if softcap is None else softcap
-        loss_scale = np.abs(A) * (np.maximum(S, 1) + capped) + np.abs(_dot(np.abs(y), u)) + z_loss * m * size**2
+        loss_scale = (
+            np.abs(A) * (np.maximum(S, 1) + capped)
+            + np.abs(_dot(np.abs(y), u))
+            + (z_loss * m * size**2 if z_loss else 0)
+        )
         grad_scale = (np.abs(A) + 2 * z_loss * m * size)[:, None] * p * (1 + wobble) + np.abs(y)
         row_scale = 1 + size + _dot(p + np.abs(q), np.abs(u)) + np.abs(q).sum(axis=1) * S + capped
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,40 @@ def call(backend: Any, **changes: Any) -> Any:
         ({"denominator": NAN}, ValueError, "denominator.*nan"),
         ({"denominator": 2.0, "reduction": "sum"}, ValueError, "denominator.*'mean'.*'sum'"),
         ({"denominator": np.ones(3)}, TypeError, "denominator"),
+        ({"denominator": np.array(1 + 2j)}, TypeError, "denominator.*complex"),
+        # numbers that are others in the arithmetic's dtype
+        ({"softcap": 1e-46}, ValueError, r"softcap.*\[9.86e-32, 1.01e\+31\].*float32.*1e-46"),
+        ({"softcap": 1e-40}, ValueError, "softcap.*float32.*1e-40"),
+        ({"softcap": 1e300}, ValueError, r"softcap.*float32.*1e\+300"),
+        ({"z_loss": 1e-46}, ValueError, "z_loss must be 0 or.*float32.*1e-46"),
+        ({"z_loss": 1e300}, ValueError, r"z_loss.*float32.*1e\+300"),
+        ({"label_smoothing": 1e-46}, ValueError, r"label_smoothing.*, 1\).*float32.*1e-46"),
+        ({"denominator": 1e-300}, ValueError, "denominator.*float32.*1e-300"),
+        ({"denominator": 1e300}, ValueError, r"denominator.*float32.*1e\+300"),
+        ({"logits": np.zeros((3, 4)), "softcap": 1e-300}, ValueError, "softcap.*float64.*1e-300"),
+        ({"logits": np.zeros((3, 4)), "z_loss": 1e300}, ValueError, r"z_loss.*float64.*1e\+300"),
+        # what is no number, or none that Python can bring to a float
+        *(
+            ({name: value}, error, name)
+            for name in ("label_smoothing", "z_loss", "softcap", "denominator")
+            for value, error in (
+                (10**400, ValueError),
+                (-(10**5000), ValueError),  # which Python refuses to print
+                (Fraction(10**400), ValueError),
+                (Decimal("0.5"), TypeError),
+                ("0.5", TypeError),
+                (np.ones(3), TypeError),
+                ([1.0], TypeError),
+                (1j, TypeError),
+            )
+        ),
+        ({"weight": [[1.0, 2.0], [3.0]]}, TypeError, "weight.*array of numbers"),
+        ({"check": np.ones(3)}, TypeError, "check"),
+        ({"dout": 10**400}, ValueError, "dout"),
+        ({"dout": Decimal(1)}, TypeError, "dout"),
+        ({"dout": "1"}, TypeError, "dout"),
+        ({"ignore_index": Fraction(1)}, TypeError, "ignore_index"),
+        ({"ignore_index": "1"}, TypeError, "ignore_index"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index.*1.0"),
         ({"ignore_index": True}, TypeError, "ignore_index.*True"),
         ({"check": "yes"}, TypeError, "check.*'yes'"),
@@ -76,6 +112,22 @@ def test_the_error_names_argument_what_came_and_what_is_legal(
 ) -> None:
     with pytest.raises(error, match=rf"(?s){words}"):
         call(backend, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"denominator": np.array(-2.0)}, "denominator.*-2.0"),
+        ({"denominator": np.array(NAN)}, "denominator.*nan"),
+        ({"denominator": np.array(1e-46)}, "denominator.*float32.*1e-46"),
+        ({"reduction": np.array(["mean", "sum"])}, "reduction.*'mean'"),
+    ],
+)
+def test_an_option_in_an_array_is_checked_where_it_can_be_looked_at(
+    host_backend: Any, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(host_backend, **changes)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64], ids=lambda dtype: dtype.__name__)

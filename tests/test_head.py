@@ -262,6 +262,14 @@ def test_top_k_refuses_what_is_no_count(backend: Any) -> None:
             head.top_k(x, k)
 
 
+@pytest.mark.parametrize("softcap", [1e-46, 1e300])
+def test_top_k_refuses_a_softcap_that_float32_has_not(backend: Any, softcap: float) -> None:
+    W = np.ones((5, 30), np.float32)
+    head = swl.AffineSoftmaxWithLoss(backend.array(W, writeable=True), softcap=softcap)
+    with pytest.raises(ValueError, match=r"softcap must be.*float32"):
+        head.top_k(backend.array(np.ones((2, 5), np.float32)), 1)
+
+
 @pytest.mark.parametrize("budget", [200_000, 2_000_000])
 def test_top_k_stays_within_its_budget(budget: int) -> None:
     rng = np.random.default_rng(0)

@@ -28,6 +28,64 @@ def loss_and_grad(backend: Any, z: Any, target: Any, **options: Any) -> tuple[An
     return backend.numpy(loss), backend.numpy(grad)
 
 
+# ------------------------------------------------------------------------------------------------ edges of the options
+
+EDGES = [(dtype, factor) for dtype in FLOATS[:2] for factor in (1.0, 1.5)]
+"""How far inside the legal range an option is."""
+
+
+def edge(dtype: Any, factor: float) -> tuple[float, float]:
+    least = float(np.finfo(dtype).tiny) / float(np.finfo(dtype).eps)
+    return least * factor, 1 / least / factor
+
+
+@pytest.mark.parametrize(("dtype", "factor"), EDGES)
+def test_a_softcap_at_the_edges_of_its_range(backend: Any, dtype: Any, factor: float) -> None:
+    """Of the size of the logits it is a softcap as any; far above them none; far below them all logits are equal."""
+    least, most = edge(dtype, factor)
+    eps = float(np.finfo(dtype).eps)
+    r = np.array([[0.0, 0.1, -0.1, 0.5, -2.0, 4.0, -30.0]])
+    t = np.array([1])
+    for softcap in (least, most):
+        z = (r * softcap).astype(dtype)
+        loss, grad = loss_and_grad(backend, z, t, softcap=softcap)
+        want = oracle.cross_entropy(z, t, softcap=softcap)
+        np.testing.assert_allclose(loss, want.loss, rtol=32 * eps)
+        np.testing.assert_allclose(grad, want.grad, rtol=32 * eps, atol=32 * eps)
+    z = np.random.default_rng(0).normal(size=(3, 300)).astype(dtype)
+    t = np.array([0, 7, 299])
+    loss, grad = loss_and_grad(backend, z, t, softcap=most)
+    loss_without, grad_without = loss_and_grad(backend, z, t)
+    np.testing.assert_allclose(loss, loss_without, rtol=8 * eps)
+    np.testing.assert_allclose(grad, grad_without, rtol=32 * eps, atol=eps)
+    loss, grad = loss_and_grad(backend, z, t, softcap=least)
+    np.testing.assert_allclose(loss, math.log(300), rtol=8 * eps)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize(("dtype", "factor"), EDGES)
+def test_other_numbers_at_the_edges_of_their_range(backend: Any, dtype: Any, factor: float) -> None:
+    least, most = edge(dtype, factor)
+    C = 30
+    z, t = np.random.default_rng(0).normal(size=(3, C)).astype(dtype), np.array([0, 7, 29])
+    masked = z.copy()
+    masked[:, 3] = -np.inf
+    for options in (
+        {"z_loss": least},
+        {"z_loss": most},
+        {"denominator": least},
+        {"denominator": most},
+        {"label_smoothing": C * least},
+        {"label_smoothing": 1 - 2**-20 * factor},
+    ):
+        loss, grad = loss_and_grad(backend, z, t, **options)
+        want = oracle.cross_entropy(z, t, **options)
+        assert_close("loss", loss, want.loss, want.loss_scale, dtype)
+        assert_close("grad", grad, want.grad, want.grad_scale, dtype)
+        if "label_smoothing" in options:  # however small: it gives a masked class mass
+            assert loss_and_grad(backend, masked, t, **options)[0] == np.inf
+
+
 # ------------------------------------------------------------------------------------------------ laws
 
 

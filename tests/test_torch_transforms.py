@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -281,7 +283,7 @@ def test_an_id_out_of_range_is_an_error_under_every_transform(loss: Any, bad: in
 def test_an_id_that_cannot_be_looked_at_makes_its_row_nan(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no other, without a gradient of its own: as on a device."""
     for module in (swl.torch._cross_entropy, swl.torch._linear):
-        monkeypatch.setattr(module, "check_ids", lambda *_: None)
+        monkeypatch.setattr(module, "check_values", lambda *_: None)
     for bad in (-1, 3, -101):
         t = torch.tensor([0, bad])
         rows = func.vmap(lambda x, t: loss(x[None], t[None], reduction="sum"))(Z, t)
@@ -306,6 +308,62 @@ def test_an_ignore_index_that_no_id_can_be_under_a_transform(loss: Any) -> None:
         close(func.vmap(lambda z, i=ignore_index: loss(z, t, ignore_index=i))(Z[None])[0], loss(Z, t))
 
 
+@each_loss
+@pytest.mark.parametrize("way", ["eager", "vmap", "custom operation"])
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("softcap", 1e-46, ValueError),
+        ("softcap", 1e300, ValueError),
+        ("softcap", 10**400, ValueError),
+        ("softcap", torch.ones(2), TypeError),
+        ("z_loss", 1e-46, ValueError),
+        ("z_loss", 1e300, ValueError),
+        ("z_loss", torch.ones(2), TypeError),
+        ("z_loss", "0.1", TypeError),
+        ("label_smoothing", 1e-46, ValueError),
+        ("label_smoothing", Decimal("0.1"), TypeError),
+        ("label_smoothing", torch.ones(2), TypeError),
+        ("denominator", 1e-300, ValueError),
+        ("denominator", 10**400, ValueError),
+        ("denominator", "3", TypeError),
+        ("denominator", torch.tensor(-2.0), ValueError),
+        ("denominator", torch.tensor(NAN), ValueError),
+        ("reduction", torch.ones(2), ValueError),
+        ("ignore_index", 1.0, TypeError),
+    ],
+)
+def test_bad_options_are_named_in_every_way(
+    loss: Any, way: str, option: str, value: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = torch.tensor([0, 2])
+    if way == "custom operation":
+        for module in (swl.torch._cross_entropy, swl.torch._linear):
+            monkeypatch.setattr(module, "route", lambda *_: "traced")
+
+    def one(z: Any) -> Any:
+        return loss(z, t, **{option: value})
+
+    with pytest.raises(error, match=option):
+        func.vmap(one)(Z[None]) if way == "vmap" else one(Z)
+
+
+@each_loss
+def test_a_fraction_is_a_number_in_every_way(loss: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = torch.tensor([0, 2])
+    options = {name: Fraction(1, 3) for name in ("softcap", "z_loss", "label_smoothing", "denominator")}
+
+    def one(z: Any) -> Any:
+        return loss(z, t, **options)
+
+    want = loss(Z, t, **dict.fromkeys(options, 1 / 3))
+    close(one(Z), want)
+    close(func.vmap(one)(Z[None])[0], want)
+    for module in (swl.torch._cross_entropy, swl.torch._linear):
+        monkeypatch.setattr(module, "route", lambda *_: "traced")
+    close(one(Z), want)
+
+
 def test_a_mask_under_soft_targets_in_a_transform() -> None:
     z, q = torch.tensor([[0.0, 1.0, -INF]]), torch.tensor([[0.5, 0.5, 0.0]])
     want = torch.tensor([[0.5, 0.5, 0.0]])
@@ -316,6 +374,16 @@ def test_a_mask_under_soft_targets_in_a_transform() -> None:
     d_target = func.grad(swl.torch.cross_entropy, 1)(z, q)
     assert d_target[0, 2] == 0
     close(d_target[:, :2], -z.log_softmax(1)[:, :2])
+
+
+def test_a_row_of_infinity_and_masks_is_nan_in_every_way() -> None:
+    z, q = torch.tensor([[INF, 1.0, -INF], [0.0, NAN, -INF]]), torch.tensor([[0.5, 0.5, 0.0]] * 2)
+    leaves = z.clone().requires_grad_(), q.clone().requires_grad_()
+    for grad in (
+        *torch.autograd.grad(swl.torch.cross_entropy(*leaves), leaves),
+        *func.grad(swl.torch.cross_entropy, (0, 1))(z, q),
+    ):
+        assert grad.isnan().all()
 
 
 def test_nan_logits_of_an_ignored_row_in_a_transform() -> None:

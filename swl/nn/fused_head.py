@@ -16,7 +16,7 @@ from swl.ops.linear_cross_entropy import check
 from swl.ops.loss import Problem
 from swl.ops.rows import combine, final_logits
 from swl.ops.topk import Best
-from swl.options import OptionKwargs, Options
+from swl.options import OptionKwargs, Options, require_magnitudes
 
 __all__ = ["AffineSoftmaxWithLoss"]
 
@@ -153,6 +153,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
             x2, shape = operands.x2, (*operands.leading, int(k))
             N, D = x2.shape
             acc = acc_dtype(operands.dtype(self._b))
+            require_magnitudes(acc, C, softcap=self.options.softcap)
             cut = plan(N, D, C, dtype=acc, needs=(), memory_budget=max(1, self.memory_budget // SELECTING))
             ids, log_probs = backend.empty((N, int(k)), np.int64), backend.empty((N, int(k)), acc)
             buffer = backend.empty((min(cut.rows, N) * cut.classes,), acc)
@@ -164,7 +165,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
         """Sweep some rows over chunks of classes, and keep the best so far."""
         xp, n, C = backend.xp, x.shape[0], self._W.shape[1]
         whole = Target(ids=xp.zeros(n, np.int64))  # any class will do: only M and S are wanted
-        capped = Target(softcap=self.options.softcap or 0.0)
+        capped = Target(softcap=float(self.options.softcap or 0.0))
         rows, best = None, Best(xp, k)
         for c0, c1 in cuts(C, classes):
             logits = buffer[: n * (c1 - c0)].reshape(n, c1 - c0)

@@ -24,9 +24,17 @@ def is_float(dtype: Any) -> bool:
     return dtype in _NATIVE_FLOATS or getattr(dtype, "name", "") == "bfloat16"
 
 
+def _array(backend: Backend, name: str, x: Any) -> Any:
+    """Bring `x` to the backend."""
+    try:
+        return backend.asarray(x)
+    except ValueError as error:  # CuPy's of a dtype that it does not have, NumPy's of nested lists without one shape
+        raise TypeError(f"{name} must be an array of numbers: {error}") from error
+
+
 def float_array(backend: Backend, name: str, x: Any) -> Any:
     """Bring `x` to the backend and check that it is of a floating dtype that swl computes with."""
-    x = backend.asarray(x)
+    x = _array(backend, name, x)
     if not is_float(x.dtype):
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     return x
@@ -34,7 +42,7 @@ def float_array(backend: Backend, name: str, x: Any) -> Any:
 
 def real_array(backend: Backend, name: str, x: Any) -> Any:
     """Bring `x` to the backend and check that it holds real numbers of any dtype."""
-    x = backend.asarray(x)
+    x = _array(backend, name, x)
     if not (is_float(x.dtype) or x.dtype.kind in "iub"):
         raise TypeError(f"{name} must hold real numbers, got {x.dtype}")
     return x

@@ -7,6 +7,7 @@ array (`swl.ops.cross_entropy`), formed from inputs and weights in chunks (`swl.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from swl.backends import Backend, Rows, Target
 from swl.ops.checks import real_array, require_shape, size_of
 from swl.ops.targets import CheckedTarget, check_target, weighted_count
-from swl.options import Options
+from swl.options import DEFAULTS, Options, require_magnitudes
 
 __all__ = ["Loss", "Problem", "RowStats", "Source", "inverse", "problem"]
 
@@ -89,7 +90,10 @@ class Problem(NamedTuple):
         """Fold upstream gradient, row weights and denominator into what a backward kernel takes: (N,) or (1,)."""
         xp, options = self.backend.xp, self.options
         if isinstance(dout, (int, float)):
-            scale: Any = dout
+            try:
+                scale: Any = float(dout)
+            except OverflowError as error:
+                raise ValueError("dout is an integer beyond the largest float") from error
         else:
             scale = real_array(self.backend, "dout", dout).astype(self.acc, copy=False)  # 1/N is nothing in float16
             legal = self.leading if options.reduction == "none" else ()
@@ -146,6 +150,15 @@ class Loss:
         return RowStats(*(getattr(self.rows, name).reshape(self.problem.leading) for name in RowStats._fields))
 
 
+def _denominator(backend: Backend, given: Any) -> Any:
+    """Bring a denominator that was given to a float, on a device to a 0-d array if it is one."""
+    if isinstance(given, numbers.Real):
+        return float(given)
+    array = real_array(backend, "denominator", given)
+    require_shape("denominator", array, (), "a number")
+    return float(array) if backend.xp is np else array
+
+
 def inverse(xp: Any, denominator: Any) -> Any:
     """Return 1/denominator, and 0 where nothing counts."""
     if isinstance(denominator, float):
@@ -182,11 +195,16 @@ def problem(
         denominator = options.denominator
         if denominator is None:
             denominator = target.count if sample_weight is None else weighted_count(xp, target, sample_weight)
-        elif isinstance(denominator, (int, float)) or xp is np:
-            denominator = float(denominator)
         else:
-            denominator = backend.asarray(denominator)
-    eps = float(options.label_smoothing)  # kernels are compiled for one type of each number
+            denominator = _denominator(backend, denominator)
+    eps, z_loss = (
+        float(options.label_smoothing),
+        float(options.z_loss),
+    )  # kernels are compiled for one type of each number
+    softcap = float(options.softcap or 0.0)
+    if options is not DEFAULTS:
+        given = denominator if isinstance(denominator, float) and options.denominator is not None else None
+        require_magnitudes(acc, C, label_smoothing=eps, z_loss=z_loss, softcap=softcap, denominator=given)
     spec = Target(
         ids=target.ids,
         probs=target.probs,
@@ -194,8 +212,8 @@ def problem(
         row_weight=target.row_weight,
         hot=1.0 - eps,
         rest=eps / C,
-        softcap=float(options.softcap or 0.0),
-        z_loss=float(options.z_loss),
+        softcap=softcap,
+        z_loss=z_loss,
         bias=None if bias is None else xp.ascontiguousarray(bias, dtype=acc),
     )
     return Problem(backend, source, options, spec, leading, n_rows, acc, sample_weight, denominator)

@@ -19,13 +19,15 @@ from swl.backends import Rows
 from swl.backends.protocol import joined
 from swl.torch._bridge import host_scalar
 from swl.torch._loss import (
+    ACC,
     NO_TENSORS,
     Loss,
     Settings,
     Tensors,
+    are_defaults,
     at_once,
     check,
-    check_ids,
+    check_values,
     composed,
     out_dtype,
     route,
@@ -105,9 +107,7 @@ def cross_entropy(
     """
     if (
         (weight is size_average is reduce is sample_weight is softcap is denominator is None)
-        and reduction == "mean"
-        and label_smoothing == z_loss == 0
-        and type(ignore_index) is int
+        and are_defaults(reduction, ignore_index, label_smoothing, z_loss)
         and route(input, target) == "at hand"
     ):
         tracked = input.requires_grad and torch.is_grad_enabled()
@@ -126,8 +126,8 @@ def cross_entropy(
     if way == "traced":
         return _operation(input, target, *given, *setting, dtype)[0]
     if way == "transformed":
-        if not probabilities:
-            check_ids(target, input.shape[0 if input.ndim == 1 else 1], ignore_index)
+        C = input.shape[0 if input.ndim == 1 else 1]
+        check_values(target, C, ACC[input.dtype], given, setting, probabilities)
         return composed(input, target, given, setting, probabilities).to(dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
         return _CrossEntropy.apply(input, target, (given, setting, probabilities), dtype)

@@ -24,12 +24,13 @@ from swl.options import Options
 from swl.torch._bridge import Bridge, bridge
 from swl.torch._cross_entropy import cross_entropy
 from swl.torch._loss import (
+    ACC,
     FLOATS,
     Loss,
     Settings,
     Tensors,
     check,
-    check_ids,
+    check_values,
     composed,
     route,
     settings,
@@ -287,8 +288,7 @@ def linear_cross_entropy(
         memory_budget = size * (options.batch_chunk_size * C + 2 * x.shape[1] * min(C, 2048))
     way = route(x, linear_weight, t, linear_bias, *given)
     if way == "transformed":
-        if not probabilities:
-            check_ids(t, C, setting.ignore_index)
+        check_values(t, C, ACC[x.dtype], given, setting, probabilities)
         loss = composed(_logits(x, linear_weight, linear_bias), t, given, setting, probabilities).to(dtype)
     elif way == "traced":
         loss = _operation(x, linear_weight, t, linear_bias, *given, *setting, memory_budget, dtype)[0]

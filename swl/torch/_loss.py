@@ -14,7 +14,7 @@ from swl.backends import Rows
 from swl.ops.checks import F32, F64
 from swl.ops.cross_entropy import SMALL
 from swl.ops.loss import Problem, problem
-from swl.options import Options, Reduction
+from swl.options import Options, Reduction, require_magnitudes
 from swl.torch._bridge import Bridge, bridge, host_scalar
 
 __all__ = [
@@ -23,9 +23,10 @@ __all__ = [
     "Loss",
     "Settings",
     "Tensors",
+    "are_defaults",
     "at_once",
     "check",
-    "check_ids",
+    "check_values",
     "composed",
     "logits_rows",
     "out_dtype",
@@ -74,22 +75,29 @@ NO_TENSORS = Tensors()
 # ------------------------------------------------------------------------------------------------ checks
 
 
+def are_defaults(reduction: str, ignore_index: int, label_smoothing: float, z_loss: float) -> bool:
+    """Tell whether options are their defaults, but for which id is ignored; takes whatever a caller may pass."""
+    types = type(reduction), type(ignore_index), type(label_smoothing), type(z_loss)
+    return types == (str, int, float, float) and reduction == "mean" and label_smoothing == z_loss == 0
+
+
 def settings(
     reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None
 ) -> Settings:
     """Check the options that are no tensors."""
-    if type(label_smoothing) is not float or label_smoothing or z_loss or softcap is not None or reduction != "mean":
-        Options.checked(
-            {
-                "reduction": reduction,  # type: ignore[typeddict-item]  # this is the check
-                "label_smoothing": label_smoothing,
-                "z_loss": z_loss,
-                "softcap": softcap,
-            }
-        )
-    if type(ignore_index) is not int:
-        Options.checked({"ignore_index": ignore_index})
-    return Settings(reduction, ignore_index, label_smoothing, z_loss, softcap or 0.0)  # type: ignore[arg-type]
+    if softcap is None and are_defaults(reduction, ignore_index, label_smoothing, z_loss):
+        return Settings(ignore_index=ignore_index)
+    checked = Options.checked(
+        {
+            "reduction": reduction,  # type: ignore[typeddict-item]  # this is the check
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+        }
+    )
+    numbers = float(label_smoothing), float(z_loss), float(softcap or 0.0)
+    return Settings(checked.reduction, int(ignore_index), *numbers)
 
 
 def tensors(
@@ -105,7 +113,8 @@ def tensors(
     if denominator is not None:
         if not isinstance(denominator, Tensor):
             Options.checked({"reduction": reduction, "denominator": denominator})  # type: ignore[typeddict-item]
-            denominator = torch.full((), denominator, dtype=torch.float64, device=input.device)
+            require_magnitudes(ACC.get(input.dtype, F32), 1, denominator=float(denominator))
+            denominator = torch.full((), float(denominator), dtype=torch.float64, device=input.device)
         elif reduction != "mean":
             raise ValueError(f"denominator applies to reduction='mean' only, got reduction={reduction!r}")
         elif denominator.ndim:
@@ -132,6 +141,9 @@ def check(input: Tensor, target: Tensor, given: Tensors, setting: Settings) -> b
     C = shape[0] if len(shape) == 1 else shape[1]
     if not C:
         raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
+    _, _, eps, z_loss, softcap = setting
+    if eps or z_loss or softcap:
+        require_magnitudes(ACC[input.dtype], C, label_smoothing=eps, z_loss=z_loss, softcap=softcap)
     rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
     probabilities = target.shape == shape
     if probabilities:
@@ -452,7 +464,8 @@ def _probability_rows(target: Tensor, w: Tensor, eps: float) -> Tensor:
 
 def _log_p(y: Tensor, u: Tensor, S: Tensor) -> Tensor:
     """Compute log p = u − S, but 0 for a masked class, u = −inf, without mass: there y·log p and its derivatives are 0."""
-    return torch.where((y == 0) & (u == -math.inf), 0, u - S[:, None])
+    S = S[:, None]
+    return torch.where((y == 0) & (u == -math.inf) & (S == S), 0, u - S)
 
 
 def _capped(r: Tensor, softcap: float) -> Tensor:
@@ -462,14 +475,24 @@ def _capped(r: Tensor, softcap: float) -> Tensor:
     return softcap * torch.where(near, a.tanh(), a.sign() * (1 - 2 * torch.sigmoid(-2 * a.abs())))
 
 
-def check_ids(target: Tensor, C: int, ignore_index: int) -> None:
-    """Raise the ValueError of a class id out of range, if the ids inside a transform's tensor can be looked at.
+def check_values(target: Tensor, C: int, acc: Any, given: Tensors, setting: Settings, probabilities: bool) -> None:
+    """Check class ids and denominator as the kernels' way does, if the values inside a transform's tensors can be looked at.
 
-    Where they cannot, `composed` makes the row's loss NaN.
+    Where ids cannot, `composed` makes the row's loss NaN.
     """
     with torch._C._DisableFuncTorch():
-        while torch._C._functorch.is_functorch_wrapped_tensor(target):
-            target = torch._C._functorch.get_unwrapped(target)
-        if type(target) in _PLAIN and target.is_cpu and not torch._C._len_torch_dispatch_stack():
-            here = bridge(target)
-            here.backend.prepare_ids(here.array(target.reshape(-1)), C, ignore_index, None)
+        ids, denominator = None if probabilities else _inside(target), _inside(given.denominator)
+        if ids is not None:
+            here = bridge(ids)
+            here.backend.prepare_ids(here.array(ids.reshape(-1)), C, setting.ignore_index, None)
+        if denominator is not None:
+            for value in denominator.reshape(-1).tolist():
+                require_magnitudes(acc, C, denominator=value)
+
+
+def _inside(t: Tensor | None) -> Tensor | None:
+    """Return the tensor inside a transform's; None if its values cannot be looked at without waiting."""
+    while t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    look = type(t) in _PLAIN and t is not None and t.is_cpu and not torch._C._len_torch_dispatch_stack()
+    return t if look else None
