@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -116,7 +115,7 @@ def require_magnitudes(
     ValueError
         Naming the option, what came and what is legal.
     """
-    least, most = _magnitudes(acc)
+    least, most = _MAGNITUDES[acc]
     for name, value, low in (
         ("label_smoothing", label_smoothing, C * least),  # kernels take ε/C
         ("z_loss", z_loss, least),
@@ -131,11 +130,13 @@ def require_magnitudes(
             )
 
 
-@functools.cache
 def _magnitudes(acc: np.dtype[Any]) -> tuple[float, float]:
     info = np.finfo(acc)
     least = float(info.tiny) / float(info.eps)
     return least, 1 / least
+
+
+_MAGNITUDES = {acc: _magnitudes(acc) for acc in (np.dtype(np.float32), np.dtype(np.float64))}
 
 
 def _number(name: str, value: Any, legal: str, ok: Any) -> None:
