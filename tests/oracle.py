@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+FLUSHED = 2.0**-126 / (32 * 2.0**-23)
+"""Added to a probability's share of a scale: 32 roundings of it in float32 are the numbers that kernels may flush to 0."""
+
 
 class Answer(NamedTuple):
     loss: Any
@@ -88,7 +91,7 @@ def cross_entropy(
             + np.abs(_dot(np.abs(y), u))
             + (z_loss * m * size**2 if z_loss else 0)
         )
-        grad_scale = (np.abs(A) + 2 * z_loss * m * size)[:, None] * p * (1 + wobble) + np.abs(y)
+        grad_scale = (np.abs(A) + 2 * z_loss * m * size)[:, None] * (p * (1 + wobble) + FLUSHED) + np.abs(y)
         row_scale = 1 + size + _dot(p + np.abs(q), np.abs(u)) + np.abs(q).sum(axis=1) * S + capped
 
         # a sum of C terms, added one after the other, is off by some √C roundings
@@ -171,9 +174,7 @@ def assert_close(
     """
     got, want, scale = (np.asarray(a).astype(np.float64) for a in (got, want, scale))
     assert got.shape == want.shape, f"{name} has shape {got.shape}, not {want.shape}"
-    # what is too small for a normal number may become 0 before it is multiplied
-    tiny = _tiny(acc) * max(1, np.nan_to_num(scale).max(initial=0))
-    tolerance = roundings * _eps(acc) * np.nan_to_num(scale) + tiny
+    tolerance = roundings * _eps(acc) * np.nan_to_num(scale) + _tiny(acc)
     if stored is not None and stored != acc:
         tolerance = tolerance + _eps(stored) * np.abs(np.nan_to_num(want)) + _tiny(stored)
     with np.errstate(invalid="ignore"):

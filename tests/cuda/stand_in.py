@@ -823,6 +823,7 @@ class _Runtime:
     driverGetVersion = staticmethod(lambda: 12090)  # noqa: N815 - CUDA's names
     runtimeGetVersion = staticmethod(lambda: 12090)  # noqa: N815
     getDeviceCount = staticmethod(lambda: N_DEVICES)  # noqa: N815
+    pointerGetAttributes = staticmethod(lambda ptr: SimpleNamespace(device=ptr._device))  # noqa: N815
     getDeviceProperties = staticmethod(lambda _: {"name": b"emulated on the CPU"})  # noqa: N815
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.backends import Backend, Rows
+from swl.backends.cupy.products import captured_gemm
 from swl.backends.cupy.structs import PROBLEM, ROWS_OUT
 from swl.backends.protocol import TF32, Target
 from swl.errors import BackendUnavailable
@@ -270,8 +271,11 @@ class CupyBackend:
         kind, index = x.__dlpack_device__() if hasattr(x, "__dlpack_device__") else (0, 0)
         if kind == _DLPACK_CUDA:
             return xp.cuda.Device(index)
-        # CuPy asks the driver whose the memory is
-        return xp.asarray(x).device if hasattr(x, "__cuda_array_interface__") else None
+        if not hasattr(x, "__cuda_array_interface__"):
+            return None
+        pointer = x.__cuda_array_interface__["data"][0]
+        # the driver knows whose the memory is; an array without elements has none
+        return xp.cuda.Device(xp.cuda.runtime.pointerGetAttributes(pointer).device) if pointer else xp.cuda.Device()
 
     def _stream(self, stream: Any, device: Any) -> Any:
         """Bring what a caller gave as `stream` to CuPy's form."""
@@ -298,7 +302,12 @@ class CupyBackend:
             if getattr(x, "__dlpack_device__", lambda: (0, 0))()[0] == _DLPACK_CUDA:  # tells the producer our stream
                 x = xp.from_dlpack(x)
             elif hasattr(x, "__cuda_array_interface__"):
-                x = xp.asarray(x)
+                with self._device_of(x):  # or CuPy copies it to the current device
+                    x = _Interface(x)
+                    here = xp.cuda.get_current_stream()
+                    if x.stream not in (None, here.ptr or 1):  # 1 is the null stream
+                        here.wait_event(xp.cuda.Stream.from_external(x).record())
+                    x = xp.asarray(x)
             else:
                 x = xp.asarray(np.asarray(x, dtype=dtype))
         if x.data.ptr % x.itemsize or any(step % x.itemsize for step in x.strides):
@@ -399,29 +408,32 @@ class CupyBackend:
         mode = cublas.getMathMode(handle)
         if dtype.itemsize == 2:  # the parts of a long sum are added in float32 too, so the result is rounded once
             cublas.setMathMode(handle, mode | _DISALLOW_REDUCED_PRECISION_REDUCTION)
+        # cuBLAS counts by columns: what it calls outᵀ (K, N) = bᵀ (K, D)·aᵀ (D, N) is our out by rows
+        arguments = (
+            handle,
+            op_b,
+            op_a,
+            K,
+            N,
+            D,
+            one,
+            b.data.ptr,
+            _CUDA_R[b.dtype.name],
+            ld_b,
+            a.data.ptr,
+            _CUDA_R[a.dtype.name],
+            ld_a,
+            one if add else zero,
+            out.data.ptr,
+            _CUDA_R[out.dtype.name],
+            ld_out,
+            self._compute_type(dtype),
+            _GEMM_DEFAULT,
+        )
         try:
-            # cuBLAS counts by columns: what it calls outᵀ (K, N) = bᵀ (K, D)·aᵀ (D, N) is our out by rows
-            cublas.gemmEx(
-                handle,
-                op_b,
-                op_a,
-                K,
-                N,
-                D,
-                one,
-                b.data.ptr,
-                _CUDA_R[b.dtype.name],
-                ld_b,
-                a.data.ptr,
-                _CUDA_R[a.dtype.name],
-                ld_a,
-                one if add else zero,
-                out.data.ptr,
-                _CUDA_R[out.dtype.name],
-                ld_out,
-                self._compute_type(dtype),
-                _GEMM_DEFAULT,
-            )
+            cublas.gemmEx(*arguments)
+        except NotImplementedError:  # CuPy's answer while the stream is captured
+            captured_gemm(xp.cuda.get_current_stream().ptr, *arguments)
         finally:
             cublas.setMathMode(handle, mode)
 
@@ -700,6 +712,17 @@ class CupyBackend:
             capability = self.xp.cuda.Device(index).compute_capability
             found[f"device {index}"] = f"{name}, compute capability {capability[:-1]}.{capability[-1]}"
         return found
+
+
+class _Interface:
+    """An object's ``__cuda_array_interface__`` without its stream, for which CuPy would make the host wait."""
+
+    def __init__(self, x: Any) -> None:
+        self._keep, self.__cuda_array_interface__ = x, dict(x.__cuda_array_interface__)
+        self.stream = self.__cuda_array_interface__.pop("stream", None)
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream
 
 
 @contextmanager

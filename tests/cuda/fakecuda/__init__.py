@@ -91,7 +91,7 @@ def _load(folder: Path) -> Any:
     found.fakecuda_device_of.argtypes = (ctypes.c_void_p,)
     found.fakecuda_poison.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
     command = f"{build.CXX} -O1 -fPIC -w -fpermissive -fno-strict-aliasing -fvisibility=hidden -fno-gnu-unique"
-    headers = build.digest(*sorted((folder / "include").iterdir()))
+    headers = build.digest(*sorted((folder / "include").iterdir()), build.HERE / "driver/nvrtc.cpp")
     found.fakecuda_compiler(
         command.encode(), str(folder / "include").encode(), str(build.folder()).encode(), headers.encode()
     )
@@ -115,7 +115,7 @@ def settings(**chosen: int) -> Iterator[None]:
 
 
 def forgive() -> None:
-    """Let the devices go on after a kernel's error, which a real one never does."""
+    """Let the devices go on after a kernel's error, which a real one never does, and give up captures."""
     lib.fakecuda_forgive()
 
 

@@ -17,8 +17,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -208,19 +207,3 @@ def driver() -> Path:
     """Return the folder of the fake driver."""
     sources = sorted(p for p in HERE.rglob("*") if p.suffix in (".cpp", ".h", ".py"))
     return kept(f"driver-{digest(cupys_modules().name, *sources)}", _driver)
-
-
-@contextmanager
-def program(source: str, flags: tuple[str, ...]) -> Iterator[Path]:
-    """Compile a program of kernels and the scheduler, with the headers of the fake; see replay.py."""
-    made = kept(f"program-{digest(driver().name, source, flags)}", lambda to: _program(source, flags, to))
-    yield made / "program"
-
-
-def _program(source: str, flags: tuple[str, ...], to: Path) -> None:
-    (to / "kernels.cpp").write_text(source)
-    run(
-        *(CXX, "-std=c++17", "-O1", "-g1", "-w", "-pthread", "-ffp-contract=off", "-fno-strict-aliasing", *flags),
-        *(f"-I{driver() / 'include'}", "-include", "device.h", to / "kernels.cpp"),
-        *("-include", "stddef.h", HERE / "driver/scheduler.cpp", HERE / "driver/replay.cpp", "-o", to / "program"),
-    )

@@ -130,6 +130,8 @@ class _Checked:
         dims = tuple(v for what in (grid, block) for v in (*what, 1, 1, 1)[:3])
         if any(type(v) is not int for v in dims):
             raise Forbidden(f"{self._name}: grid {grid} and block {block} must be of int")
+        if min(dims) < 1:
+            raise Forbidden(f"{self._name}: an empty grid {grid} or block {block}")
         if dims[3] * dims[4] * dims[5] % 32:
             raise Forbidden(f"{self._name}: block {block} has a warp that is not full")
         launch = Launch(self._module, self._name, (*dims, shared_mem), args, False)
@@ -176,5 +178,6 @@ def enforce() -> None:
 
     if _RawModule is None:
         _RawModule, cupy.RawModule = cupy.RawModule, RawModule
+        RawModule.__doc__ = _RawModule.__doc__
         cupy.cuda.set_allocator(_poisoned)
         fakecuda.lib.fakecuda_judge(_judge)

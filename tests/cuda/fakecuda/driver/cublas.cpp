@@ -13,7 +13,7 @@ struct Blas {
 };
 
 enum Type { R_32F = 0, R_64F = 1, R_16F = 2, R_16BF = 14 };
-enum { COMPUTE_32F = 68, COMPUTE_64F = 70, DISALLOW_REDUCED_PRECISION = 16 };
+enum { COMPUTE_32F = 68, COMPUTE_64F = 70, COMPUTE_32F_FAST_TF32 = 77, DISALLOW_REDUCED_PRECISION = 16 };
 enum { INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
 
 // cblas_sgemm and cblas_dgemm of OpenBLAS with 64-bit integers: matrices by columns
@@ -32,6 +32,9 @@ static void multiply(
 API void fakecuda_gemm(void* s, void* d) { sgemm = (Gemm<float>)s, dgemm = (Gemm<double>)d; }
 
 static size_t size_of(int type) { return type == R_32F ? 4 : type == R_64F ? 8 : 2; }
+static const char* name_of(int type) {
+  return type == R_32F ? "float32" : type == R_64F ? "float64" : type == R_16F ? "float16" : "bfloat16";
+}
 static double read(const void* p, int type, size_t i) {
   if (type == R_32F) return ((const float*)p)[i];
   if (type == R_64F) return ((const double*)p)[i];
@@ -61,12 +64,23 @@ static std::vector<A> dense(const void* p, int type, int rows, int columns, int 
   return out;
 }
 
+static void shorten(std::vector<float>& values) {
+  for (float& value : values) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    bits = (bits + 0xfff + (bits >> 13 & 1)) & 0xffffe000;
+    memcpy(&value, &bits, 4);
+  }
+}
+static void shorten(std::vector<double>&) {}
+
 struct Product {
   int ta, tb, m, n, k;
   double alpha, beta;
   const void *a, *b;
   void* c;
   int type, lda, ldb, type_c, ldc;
+  bool tf32;          // 10 bits behind the point, as tensor cores have them
   bool rounds_parts;  // cuBLAS may add parts of a sum up in the type of the result, unless it is told not to
 };
 
@@ -78,8 +92,9 @@ static void compute(const Product& p) {
     const int from = p.k * s / parts, k = p.k * (s + 1) / parts - from;
     const char* a = (const char*)p.a + size_of(p.type) * from * (p.ta ? 1 : (size_t)p.lda);
     const char* b = (const char*)p.b + size_of(p.type) * from * (p.tb ? (size_t)p.ldb : 1);
-    const auto da = dense<A>(a, p.type, p.ta ? k : p.m, p.ta ? p.m : k, p.lda);
-    const auto db = dense<A>(b, p.type, p.tb ? p.n : k, p.tb ? k : p.n, p.ldb);
+    auto da = dense<A>(a, p.type, p.ta ? k : p.m, p.ta ? p.m : k, p.lda);
+    auto db = dense<A>(b, p.type, p.tb ? p.n : k, p.tb ? k : p.n, p.ldb);
+    if (p.tf32) shorten(da), shorten(db);
     multiply(p.ta, p.tb, p.m, p.n, k, da.data(), p.ta ? k : p.m, db.data(), p.tb ? p.n : k, part.data());
     for (size_t i = 0; i < sum.size(); ++i) {
       sum[i] += part[i];
@@ -99,7 +114,9 @@ static int gemm(Blas* handle, Product p, int compute_type) {
   Stream* stream = stream_of(handle->stream);
   const bool wide = compute_type == COMPUTE_64F;
   if (handle->device != current || stream->device != current) return INVALID_VALUE;
-  if ((compute_type != COMPUTE_32F && !wide) || wide != (p.type == R_64F)) return NOT_SUPPORTED;
+  if (compute_type == COMPUTE_32F_FAST_TF32 && p.type != R_32F) return NOT_SUPPORTED;
+  if ((compute_type != COMPUTE_32F && compute_type != COMPUTE_32F_FAST_TF32 && !wide) || wide != (p.type == R_64F))
+    return NOT_SUPPORTED;
   if (p.type_c != p.type && p.type_c != (wide ? R_64F : R_32F)) return NOT_SUPPORTED;
   if (p.m < 1 || p.n < 1 || p.k < 1 || p.lda < (p.ta ? p.k : p.m) || p.ldb < (p.tb ? p.n : p.k) || p.ldc < p.m)
     return INVALID_VALUE;
@@ -107,7 +124,9 @@ static int gemm(Blas* handle, Product p, int compute_type) {
     if ((u64)pointer % size_of(type) || !find(pointer) || !out_of_reach(&pointer, 8, current).empty())
       return INVALID_VALUE;
   p.rounds_parts = settings.reduced && size_of(p.type_c) == 2 && !(handle->math_mode & DISALLOW_REDUCED_PRECISION);
-  return enqueue(stream, "gemm", [=] { wide ? compute<double>(p) : compute<float>(p); }) ? EXECUTION_FAILED : 0;
+  p.tf32 = compute_type == COMPUTE_32F_FAST_TF32;
+  const std::string what = std::string("gemmEx of ") + name_of(p.type) + " into " + name_of(p.type_c);
+  return enqueue(stream, what, [=] { wide ? compute<double>(p) : compute<float>(p); }) ? EXECUTION_FAILED : 0;
 }
 
 API int cublasCreate_v2(Blas** out) { return *out = new Blas{current}, 0; }

@@ -19,7 +19,7 @@ struct Module {
   int device;
   const FakeKernel* kernels;
   void (*enter)(FakeBlock*);
-  bool fibers, flush;  // whether it has barriers or shuffles; whether -ftz=true was given
+  bool fibers, flush, strict;  // it has barriers or shuffles; -ftz=true was given; it is not CuPy's own
 };
 
 struct Function {
@@ -119,7 +119,7 @@ CU(cuModuleLoadData, Module** out, const char* image) {
   const auto kernels = (const FakeKernel* (*)())dlsym(library, "fake_kernels");
   const auto enter = (void (*)(FakeBlock*))dlsym(library, "fake_enter");
   const int* flags = (int*)dlsym(library, "fake_flags");
-  *out = new Module{library, current, kernels(), enter, flags[0] != 0, flags[1] != 0};
+  *out = new Module{library, current, kernels(), enter, flags[0] != 0, flags[1] != 0, flags[2] != 0};
   return 0;
 }
 CU(cuModuleUnload, Module*) { return 0; }
@@ -155,7 +155,8 @@ CU(cuLaunchKernel, Function* function, unsigned gx, unsigned gy, unsigned gz, un
   if (sticky) return sticky;
   const FakeKernel* kernel = function->kernel;
   Stream* stream = stream_of(handle);
-  Launch launch{kernel, function->module->enter, function->module->fibers, {gx, gy, gz}, {bx, by, bz}, shared};
+  Launch launch{kernel, function->module->enter, function->module->fibers, function->module->strict, {gx, gy, gz},
+      {bx, by, bz}, shared};
   std::string wrong = illegal(launch.grid, launch.block, shared, function->most_shared);
   if (!wrong.empty()) return fail(cudaErrorInvalidValue, std::string(kernel->name) + ": " + wrong);
   if (function->module->device != current || stream->device != current)

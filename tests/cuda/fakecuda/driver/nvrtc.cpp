@@ -30,7 +30,7 @@ static std::string slurp(const std::string& path) {
 }
 
 // The source with what g++ wants otherwise, and the table of its kernels.
-static std::string unit(const Program& program, bool flush) {
+static std::string unit(const Program& program, bool flush, bool cupys) {
   const std::regex shared(R"(extern\s+__shared__\s+([\w\s]+?)\s+(\w+)\s*\[\s*\]\s*;)");
   std::string text =
       std::regex_replace(program.source, shared, "auto* const $2 = reinterpret_cast<$1*>(fake_block->shared);");
@@ -41,8 +41,8 @@ static std::string unit(const Program& program, bool flush) {
   text += "\n#undef threadIdx\n#define FAKE_API extern \"C\" __attribute__((visibility(\"default\")))\n";
   text += "FAKE_API const FakeKernel* fake_kernels() {\n  static const FakeKernel all[] = {\n";
   for (const std::string& name : names) text += "    fake_kernel(\"" + name + "\", &" + name + "),\n";
-  text += "    {}};\n  return all;\n}\nFAKE_API int fake_flags[2]; int fake_flags[2] = {";
-  return text + std::to_string(fibers) + ", " + std::to_string(flush) + "};\n";
+  text += "    {}};\n  return all;\n}\nFAKE_API int fake_flags[3]; int fake_flags[3] = {";
+  return text + std::to_string(fibers) + ", " + std::to_string(flush) + ", " + std::to_string(!cupys) + "};\n";
 }
 
 // All that CuPy's own kernels start with, compiled once.
@@ -79,7 +79,7 @@ API int nvrtcCompileProgram(Program* program, int n, const char* const* options)
   command += contract && !cupys ? " -mfma -ffp-contract=fast" : " -ffp-contract=off";
   std::string folder = scratch + "/nvrtcXXXXXX";
   if (!mkdtemp(&folder[0])) return 1;
-  std::ofstream(folder + "/k.cpp") << unit(*program, flush);
+  std::ofstream(folder + "/k.cpp") << unit(*program, flush, cupys);
   const std::string header = cupys ? precompiled(command) : "device.h";
   const int failed = system((command + " -include " + header + " " + folder + "/k.cpp -shared -o " + folder +
                              "/k.so > " + folder + "/log 2>&1")

@@ -55,11 +55,11 @@ API int fakecuda_set(const char* name, int value) {
 #define SETTING(x) \
   if (!strcmp(name, #x)) return std::swap(settings.x, value), value;
   SETTING(devices)
-  SETTING(version) SETTING(peers) SETTING(processors) SETTING(shared) SETTING(capability) SETTING(reverse)
-      SETTING(ahead) SETTING(reduced) return -1;
+  SETTING(version)
+  SETTING(peers)
+  SETTING(processors) SETTING(shared) SETTING(capability) SETTING(reverse) SETTING(ahead) SETTING(reduced) return -1;
 }
 API void fakecuda_judge(int (*f)(int, const char*)) { judge = f; }
-API void fakecuda_forgive() { sticky = cudaSuccess; }
 
 // ------------------------------------------------------------------------------------------------ errors
 
@@ -75,14 +75,15 @@ API const char* cudaGetErrorName(cudaError_t error) {
   case x:       \
     return #x;
     NAME(cudaSuccess)
-    NAME(cudaErrorInvalidValue) NAME(cudaErrorMemoryAllocation) NAME(cudaErrorInvalidDevice) NAME(cudaErrorNotReady)
-        NAME(cudaErrorIllegalAddress) NAME(cudaErrorLaunchFailure) NAME(cudaErrorMisalignedAddress)
-            NAME(cudaErrorNotSupported) NAME(cudaErrorNotPermitted) NAME(cudaErrorInvalidResourceHandle)
-                NAME(cudaErrorIllegalState) NAME(cudaErrorStreamCaptureUnsupported)
-                    NAME(cudaErrorStreamCaptureInvalidated) NAME(cudaErrorStreamCaptureImplicit)
-                        NAME(cudaErrorStreamCaptureIsolation) NAME(cudaErrorStreamCaptureUnjoined)
-                            NAME(cudaErrorCapturedEvent) NAME(cudaErrorPeerAccessUnsupported) default
-        : return "cudaErrorUnknown";
+    NAME(cudaErrorInvalidValue)
+    NAME(cudaErrorMemoryAllocation)
+    NAME(cudaErrorInvalidDevice)
+    NAME(cudaErrorNotReady) NAME(cudaErrorIllegalAddress) NAME(cudaErrorLaunchFailure) NAME(cudaErrorMisalignedAddress)
+        NAME(cudaErrorNotSupported) NAME(cudaErrorNotPermitted) NAME(cudaErrorInvalidResourceHandle)
+            NAME(cudaErrorIllegalState) NAME(cudaErrorStreamCaptureUnsupported) NAME(cudaErrorStreamCaptureInvalidated)
+                NAME(cudaErrorStreamCaptureImplicit) NAME(cudaErrorStreamCaptureIsolation)
+                    NAME(cudaErrorStreamCaptureUnjoined) NAME(cudaErrorCapturedEvent)
+                        NAME(cudaErrorPeerAccessUnsupported) default : return "cudaErrorUnknown";
   }
 }
 API const char* cudaGetErrorString(cudaError_t error) { return text_of(error); }

@@ -128,7 +128,7 @@ static void barrier(int line) {
   ++arrived;
   progress = true;
   while (generation == mine) {
-    if (arrived >= alive) {
+    if (arrived >= (launch->strict ? n_threads : alive)) {
       arrived = 0;
       ++generation;
       progress = true;

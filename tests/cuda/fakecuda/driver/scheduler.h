@@ -16,6 +16,7 @@ struct Launch {
   const FakeKernel* kernel;
   void (*enter)(FakeBlock*);  // tells the kernel's library about its block
   bool fibers;                // the source has a barrier or shuffle
+  bool strict;                // all threads must reach a barrier, also those that could have returned before
   unsigned grid[3], block[3], shared;
   bool reverse;
   void (*touch)(const void* p, int size);

@@ -150,6 +150,11 @@ API void fakecuda_log(int on) {
   logging = on;
   log_text.clear();
 }
+API void fakecuda_forgive() {
+  LOCK;
+  sticky = cudaSuccess;
+  for (Stream* stream : streams) stream->capture = nullptr;
+}
 API const char* fakecuda_logged() { return log_text.c_str(); }
 
 // ------------------------------------------------------------------------------------------------ streams
