@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from swl.backends import Backend
+from swl.backends.registry import on_device
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 _NATIVE_FLOATS = frozenset((np.dtype(np.float16), F32, F64))
@@ -29,6 +30,8 @@ def _array(backend: Backend, name: str, x: Any) -> Any:
     try:
         return backend.asarray(x)
     except ValueError as error:  # CuPy's of a dtype that it does not have, NumPy's of nested lists without one shape
+        if on_device(x):  # it has a dtype and a shape, but lies where kernels cannot read it
+            raise
         raise TypeError(f"{name} must be an array of numbers: {error}") from error
 
 

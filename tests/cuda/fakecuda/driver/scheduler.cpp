@@ -7,10 +7,6 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/common_interface_defs.h>
-#endif
-
 namespace fake {
 
 static FakeBlock block_of(const Launch& launch, unsigned long long number) {
@@ -19,7 +15,6 @@ static FakeBlock block_of(const Launch& launch, unsigned long long number) {
   block.index = {(unsigned)(number % g[0]), (unsigned)(number / g[0] % g[1]), (unsigned)(number / g[0] / g[1])};
   block.size = {b[0], b[1], b[2]};
   block.grid = {g[0], g[1], g[2]};
-  block.touch = launch.touch;
   return block;
 }
 
@@ -36,8 +31,6 @@ static unsigned char* shared_memory(unsigned size) {
 }
 
 }  // namespace fake
-
-#ifndef FAKE_THREADS
 
 // ------------------------------------------------------------------------------------------------ fibers
 
@@ -83,8 +76,6 @@ const size_t STACK = 256 << 10;
 static Fiber* fibers;
 static Fiber* running;
 static void* scheduler_stack_pointer;
-static const void* scheduler_stack;
-static size_t scheduler_size;
 static FakeBlock block;
 static Warp warps[32];
 static int n_threads, arrived, generation, alive, barrier_line;
@@ -95,29 +86,13 @@ static sigjmp_buf escape;
 static volatile sig_atomic_t in_kernel;
 static std::string broken;
 
-static void switch_to(void** save, void* to, const void* stack, size_t size) {
-#ifdef __SANITIZE_ADDRESS__
-  void* own;
-  __sanitizer_start_switch_fiber(&own, stack, size);
-  fake_switch(save, to);
-  __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
-#else
-  (void)stack, (void)size;
-  fake_switch(save, to);
-#endif
-}
-
-static void yield() { switch_to(&running->stack_pointer, scheduler_stack_pointer, scheduler_stack, scheduler_size); }
+static void yield() { fake_switch(&running->stack_pointer, scheduler_stack_pointer); }
 
 static void fault(const char* what) {
   char where[100];
   snprintf(where, sizeof where, " in block (%u, %u, %u), thread %d", block.index.x, block.index.y, block.index.z,
       block.thread ? block.thread->number : -1);
   broken = std::string(launch->kernel->name) + ": " + what + where;
-#ifdef __SANITIZE_ADDRESS__
-  fprintf(stderr, "%s\n", broken.c_str());
-  _exit(3);
-#endif
   siglongjmp(escape, 1);
 }
 
@@ -159,9 +134,6 @@ static void exchange(const void* mine, int size, int from, unsigned long long ta
 }
 
 static void fiber_main() {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
-#endif
   for (;;) {
     launch->kernel->call(launch->kernel->function, launch_args);
     running->done = true;
@@ -203,7 +175,7 @@ static void run_fibers() {
       if (fiber->done) continue;
       running = fiber;
       block.thread = fiber;
-      switch_to(&scheduler_stack_pointer, fiber->stack_pointer, fiber->stack, STACK);
+      fake_switch(&scheduler_stack_pointer, fiber->stack_pointer);
     }
     if (alive && !progress) fault("not all threads reach a barrier or shuffle");
   }
@@ -259,9 +231,7 @@ std::string run(Launch& this_launch, void** args) {
   n_threads = launch->block[0] * launch->block[1] * launch->block[2];
   broken.clear();
   if (!fibers) make_fibers();
-#ifndef __SANITIZE_ADDRESS__
   const CatchBadAddresses caught;
-#endif
   unsigned char* const shared = shared_memory(launch->shared);
   const unsigned long long n_blocks = (unsigned long long)launch->grid[0] * launch->grid[1] * launch->grid[2];
   if (sigsetjmp(escape, 1) == 0) {
@@ -287,112 +257,3 @@ std::string run(Launch& this_launch, void** args) {
 }
 
 }  // namespace fake
-
-#else
-
-// ------------------------------------------------------------------------------------------------ threads
-
-#include <linux/futex.h>
-#include <pthread.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#include <atomic>
-#include <vector>
-
-namespace fake {
-
-// A shuffle orders no memory on a card. So its values travel by relaxed atomics, and who waits waits in the kernel,
-// which ThreadSanitizer does not see. __syncwarp() does order memory: see below.
-struct Warp {
-  std::atomic<int> arrived{0}, generation{0}, synced{0};
-  std::atomic<unsigned long long> values[2][32][2];
-};
-
-struct Team {  // the threads of a block
-  pthread_barrier_t barrier;
-  Warp warps[32];
-};
-
-struct Started {
-  FakeThread thread;
-  FakeBlock block;
-  Team* team;
-  const Launch* launch;
-  void** args;
-};
-
-static thread_local Started* self;
-
-static void fault(const char* what) {
-  fprintf(stderr, "%s: %s\n", self->launch->kernel->name, what);
-  abort();
-}
-
-static void barrier(int) { pthread_barrier_wait(&self->team->barrier); }
-
-static void exchange(const void* mine, int size, int from, unsigned long long tag, void* result, unsigned) {
-  Warp& warp = self->team->warps[self->thread.number / 32];
-  const bool orders_memory = (tag & 0xffff) == 0xffff;  // __syncwarp
-  const int turn = warp.generation.load(std::memory_order_relaxed);
-  unsigned long long words[2] = {};
-  memcpy(words, mine, size);
-  for (int i = 0; i < 2; ++i)
-    warp.values[turn & 1][self->thread.number % 32][i].store(words[i], std::memory_order_relaxed);
-  if (orders_memory) warp.synced.fetch_add(1, std::memory_order_release);
-  if (warp.arrived.fetch_add(1, std::memory_order_relaxed) == 31) {
-    warp.arrived.store(0, std::memory_order_relaxed);
-    warp.generation.store(turn + 1, std::memory_order_relaxed);
-    syscall(SYS_futex, &warp.generation, FUTEX_WAKE, 32, nullptr, nullptr, 0);
-  } else {
-    while (warp.generation.load(std::memory_order_relaxed) == turn)
-      syscall(SYS_futex, &warp.generation, FUTEX_WAIT, turn, nullptr, nullptr, 0);
-  }
-  if (orders_memory) warp.synced.load(std::memory_order_acquire);
-  for (int i = 0; i < 2; ++i) words[i] = warp.values[turn & 1][from][i].load(std::memory_order_relaxed);
-  memcpy(result, words, size);
-}
-
-static void* thread_main(void* argument) {
-  self = static_cast<Started*>(argument);
-  self->launch->enter(&self->block);
-  self->launch->kernel->call(self->launch->kernel->function, self->args);
-  return nullptr;
-}
-
-std::string run(Launch& launch, void** args) {
-  const size_t n_threads = launch.block[0] * launch.block[1] * launch.block[2];
-  const size_t n_blocks = (size_t)launch.grid[0] * launch.grid[1] * launch.grid[2];
-  std::vector<Team> teams(n_blocks);
-  std::vector<Started> started(n_blocks * n_threads);
-  std::vector<FakeTraffic> traffic(started.size());
-  std::vector<pthread_t> ids(started.size());
-  std::vector<unsigned char*> shared;
-  for (Team& team : teams) {
-    pthread_barrier_init(&team.barrier, nullptr, n_threads);
-    shared.push_back(shared_memory(launch.shared));
-    if (launch.shared) memset(shared.back(), 0xff, launch.shared);
-  }
-  for (size_t i = 0; i < started.size(); ++i) {
-    Started& one = started[i];
-    one.block = block_of(launch, i / n_threads);
-    one.block.shared = shared[i / n_threads];
-    one.block.thread = &one.thread;
-    one.block.traffic = &traffic[i];
-    one.block.barrier = barrier;
-    one.block.exchange = exchange;
-    one.block.fault = fault;
-    one.team = &teams[i / n_threads];
-    one.launch = &launch;
-    one.args = args;
-    place(&one.thread, (int)(i % n_threads), launch.block);
-    if (pthread_create(&ids[i], nullptr, thread_main, &one)) return "no more threads";
-  }
-  for (pthread_t id : ids) pthread_join(id, nullptr);
-  for (unsigned char* memory : shared) free(memory);
-  return "";
-}
-
-}  // namespace fake
-
-#endif

@@ -1,8 +1,6 @@
 // Runs the blocks of a launch. Each thread of a block is a fiber: it runs until it waits at a barrier or shuffle, then
 // the next one runs, by rising or falling number. Blocks come one after the other, by rising or falling number too.
 // Code with a missing barrier gives different numbers in the two orders.
-//
-// Built with -DFAKE_THREADS, every thread of every block is a thread of the operating system, all at the same time.
 
 #pragma once
 
@@ -19,7 +17,6 @@ struct Launch {
   bool strict;                // all threads must reach a barrier, also those that could have returned before
   unsigned grid[3], block[3], shared;
   bool reverse;
-  void (*touch)(const void* p, int size);
   FakeTraffic traffic;
 };
 

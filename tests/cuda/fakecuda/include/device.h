@@ -30,12 +30,8 @@
 #define __restrict__ __restrict
 #define __CUDACC_VER_MAJOR__ 13
 
-// One copy in each library of kernels, set by fake_enter; with FAKE_THREADS each thread has its own.
-#ifdef FAKE_THREADS
-static thread_local FakeBlock* fake_block;
-#else
+// One copy in each library of kernels, set by fake_enter
 static FakeBlock* fake_block;
-#endif
 #define threadIdx (fake_block->thread->index)
 #define blockIdx (fake_block->index)
 #define blockDim (fake_block->size)
@@ -88,7 +84,7 @@ template <typename T> T __shfl_xor_sync(unsigned mask, T v, int bits, int width 
   return fake_exchange(mask, v, (lane ^ bits) / width == lane / width ? lane ^ bits : lane, width, bits, line);
 }
 
-// Threads of a block take turns, so these are atomic, unless each is a thread of its own.
+// Threads of a block take turns, so these are atomic.
 template <typename T> T atomicCAS(T* p, T compare, T v) {
   __atomic_compare_exchange_n(p, &compare, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
   return compare;
@@ -102,7 +98,6 @@ template <typename T> T atomicMin(T* p, T v) { T old = *p; if (v < old) *p = v; 
 
 template <typename W> void fake_touch(const W* p, bool write) {
   if ((uintptr_t)p % sizeof(W)) fake_block->fault("misaligned address");
-  if (fake_block->touch) fake_block->touch(p, sizeof(W));
   FakeTraffic* traffic = fake_block->traffic;
   (write ? traffic->written : traffic->read) += sizeof(W);
   (sizeof(W) == 16 ? traffic->wide : traffic->narrow) += 1;

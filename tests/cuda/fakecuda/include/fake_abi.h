@@ -24,7 +24,6 @@ struct FakeBlock {
   void (*barrier)(int line);
   void (*exchange)(const void* mine, int size, int from, unsigned long long tag, void* result, unsigned mask);
   void (*fault)(const char* what);
-  void (*touch)(const void* p, int size);  // null, or checks that an access lies within a region
 };
 
 struct FakeKernel {
