@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,40 +115,10 @@ def test_infinities_and_nans_stay_in_their_rows_and_columns() -> None:
     np.testing.assert_array_equal(out, expected)
 
 
-AT_THE_EDGE = """
-import ctypes, mmap, itertools
-import numpy as np
-from swl.backends.numba.gemm import gemm
-
-PAGE = mmap.PAGESIZE
-protect = ctypes.CDLL(None, use_errno=True).mprotect
-protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-
-def at_the_edge(rows, columns, dtype, transposed):
-    size = rows * columns * np.dtype(dtype).itemsize
-    length = -(-size // PAGE) * PAGE
-    memory = mmap.mmap(-1, length + PAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    assert protect(whole.ctypes.data + length, PAGE, 0) == 0  # who touches it dies
-    x = whole[length - size : length].view(dtype)
-    x[:] = np.random.default_rng(0).standard_normal(x.size)
-    return x.reshape(columns, rows).T if transposed else x.reshape(rows, columns)
-
-for dtype in (np.float32, np.float64):
-    for (m, n, k), a_turned, b_turned in itertools.product(
-        ((1, 1, 1), (9, 49, 257), (13, 25, 31), (16, 96, 64)), (False, True), (False, True)
-    ):
-        a, b = at_the_edge(m, k, dtype, a_turned), at_the_edge(k, n, dtype, b_turned)
-        out = at_the_edge(m, n, dtype, False)
-        gemm(a, b, out)
-        assert np.abs(out - a.astype(np.float64) @ b).max() < 1e-3
-print("survived")
-"""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is protected by another call there")
 def test_nothing_beside_the_operands_is_touched() -> None:
-    done = subprocess.run([sys.executable, "-c", AT_THE_EDGE], capture_output=True, text=True, check=False)
+    program = str(Path(__file__).with_name("guarded.py"))
+    done = subprocess.run([sys.executable, program, "products"], capture_output=True, text=True, check=False)
     assert done.stdout == "survived\n", (done.returncode, done.stderr[-2000:])
 
 

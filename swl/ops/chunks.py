@@ -117,7 +117,7 @@ def plan(
     memory_budget : int
         Bytes of working memory, inputs and outputs not counted. It is kept from ``4·D + 1`` numbers on; a smaller one
         gets the smallest chunks. Not in it are the ``dW`` of 16-bit inputs while it is added up (`Plan.accumulators`) and, on
-        a host, the float32 copies of such inputs and what each thread of the CPU keeps for products, 1.1 MiB for a dtype. The
+        a host, the float32 copies of such inputs and what each thread of the CPU keeps as scratch, 1.1 to 4 MiB for a dtype. The
         NumPy backend, the specification, holds several arrays of a chunk's size.
 
     Returns

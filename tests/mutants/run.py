@@ -234,9 +234,23 @@ MUTANTS = [
     Mutant(
         "the small way divides by all rows",
         KERNELS,
-        "scale, flags = np.full(1, 1.0 / count if count > 0 else 0.0, logits.dtype), FORWARD | BACKWARD",
-        "scale, flags = np.full(1, 1.0 / N, logits.dtype), FORWARD | BACKWARD",
+        "scale[0] = 1.0 / count if count > 0 else 0.0",
+        "scale[0] = 1.0 / N",
         "test_cpu_kernels.py:small_way",
+    ),
+    Mutant(
+        "few classes: too little scratch is asked for",
+        FEW,
+        "return step * (EXPS + C)",
+        "return step * (EXPS + C - 1)",
+        "test_scratch.py:beside",
+    ),
+    Mutant(
+        "a kernel's scratch is its own",
+        KERNELS,
+        "rows, loss = carray(address_in(room, at_rows), (5, N), room.dtype), carray(address_in(room, at_rows), N, room.dtype)",
+        "rows = np.empty((5, N), room.dtype); loss = rows[0]",
+        "test_scratch.py:allocate_nothing",
     ),
     Mutant(
         "product: the first part of the inner axis adds to what was there",

@@ -13,6 +13,7 @@ from swl.backends.host.threads import POOL
 from swl.backends.numba import gemm as _gemm
 from swl.backends.numba import kernels
 from swl.backends.numba.products import product
+from swl.backends.numba.scratch import scratch
 from swl.backends.numpy import NumpyBackend, raise_bad_id
 from swl.backends.protocol import Target
 from swl.errors import BackendUnavailable
@@ -156,6 +157,7 @@ class NumbaBackend(NumpyBackend):
             flags,
         )
         as_it_is = _fits(logits, acc), _fits(target.probs, acc), _fits(out, acc)
+        room = kernels.sweep_room(C, acc.itemsize)
 
         def work(begin: int, end: int) -> None:
             # what is not as the kernels take it is brought to that form some rows at a time, in memory that stays in L2
@@ -172,7 +174,7 @@ class NumbaBackend(NumpyBackend):
                     g = out[a:b]
                 else:
                     g = MEMORY.allocate(np.empty, z.shape, acc) if as_it_is[0] else z
-                kernels.sweep(_read_only(z), g, a, ids, q, *options)
+                kernels.sweep(_read_only(z), g, a, ids, q, *options, scratch(room, acc))
                 if not as_it_is[2]:
                     _unstage(g, out[a:b])
 
@@ -203,7 +205,10 @@ class NumbaBackend(NumpyBackend):
 
     def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
         acc = logits.dtype
-        if acc not in _NONE or logits.ndim != 2 or ids.shape != logits.shape[:1] or not logits.size:
+        if acc not in _NONE or logits.ndim != 2:
+            return None
+        N, C = shape = logits.shape
+        if ids.shape != (N,) or not N * C:
             return None
         if not (
             ids.dtype == np.int64 and ids.flags.carray and logits.flags.carray
@@ -211,12 +216,10 @@ class NumbaBackend(NumpyBackend):
             return None
         if not -_BEYOND <= ignore_index < _BEYOND:
             return None
-        if out is not None:
-            if out.dtype != acc or out.shape != logits.shape or not out.flags.carray:
-                return None
-            if out is not logits and np.may_share_memory(out, logits):
-                return None
-        total, count = kernels.plain_loss(logits, ids, ignore_index, _NO_OUT[acc] if out is None else out)
+        if out is not None and (out.dtype != acc or out.shape != shape or not out.flags.carray):
+            return None
+        room = scratch(kernels.plain_room(N, C, acc.itemsize), acc)
+        total, count = kernels.plain_loss(logits, ids, ignore_index, _NO_OUT[acc] if out is None else out, room)
         return None if count < 0 else (total, count)
 
     def total(self, x: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 
 from swl.backends.numba.rows import INNER, logarithm
 from swl.backends.numba.simd import (
@@ -36,6 +37,19 @@ FEW = 64
 
 MAXIMUM, SUM, EXPONENT, PULL, SCALE, LEAST, EXPS = range(7)
 """What the room holds: a vector with a number for each row, and from `EXPS` on a vector for each class."""
+
+
+@register_jitable
+def room_size(C: int, step: int) -> int:
+    """Count what the room holds, in vectors of `step` numbers."""
+    return step * (EXPS + C)
+
+
+@njit(**INNER)
+def clear(room: Any, low: Any) -> None:
+    """Put 0 where a vector has no row: of what a call before left there, products may be subnormal, which takes long."""
+    for vector in (EXPONENT, PULL, SCALE):
+        store(room, vector * lanes(low), splat(scalar(low, 0)))
 
 
 @njit(**INNER)

@@ -17,7 +17,6 @@ inner axis, in order, and the sum of these, wherever its tile lies: the bits do 
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -42,6 +41,7 @@ from swl.backends.numba.gemm_tile import (
     size_of,
     transpose,
 )
+from swl.backends.numba.scratch import scratch
 
 __all__ = ["USABLE", "gemm"]
 
@@ -121,7 +121,7 @@ def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n,
     zero = room.dtype.type(0)
     size = size_of(zero)
     width = VECTORS * LINE // size
-    left = (address_of(room) + LINE - 1) // LINE * LINE
+    left = address_of(room)
     right = left + BLOCK
     edge = right + DEEP * VECTORS * LINE  # a tile of which only a part lies within the result
     most = _even(k, DEEP, 1)
@@ -162,15 +162,8 @@ def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n,
 
 
 _kernel = kept(_gemm, __file__, _gemm_tile.__file__)
-_rooms = threading.local()
-
-
-def _room(dtype: Any) -> Any:
-    """Give this thread's memory for panels."""
-    if not hasattr(_rooms, dtype.name):
-        panels = BLOCK + DEEP * VECTORS * LINE + ROWS * VECTORS * LINE
-        setattr(_rooms, dtype.name, np.empty((panels + LINE) // dtype.itemsize, dtype))
-    return getattr(_rooms, dtype.name)
+PANELS = BLOCK + DEEP * VECTORS * LINE + ROWS * VECTORS * LINE
+"""Bytes of scratch: a block of `a`, a panel of `b`, and a tile that reaches beyond the result."""
 
 
 def gemm(a: Any, b: Any, out: Any, add: bool = False) -> None:
@@ -188,7 +181,7 @@ def gemm(a: Any, b: Any, out: Any, add: bool = False) -> None:
     a, b = (x if x.flags.aligned else MEMORY.allocate(x.copy) for x in (a, b))
     (m, k), n = a.shape, b.shape[1]
     _kernel(
-        _room(dtype), a.ctypes.data, *a.strides, b.ctypes.data, *b.strides,
+        scratch(PANELS // dtype.itemsize, dtype), a.ctypes.data, *a.strides, b.ctypes.data, *b.strides,
         target.ctypes.data, target.strides[0], m, n, k, add,
     )  # fmt: skip
     if target is not out:

@@ -9,19 +9,23 @@ instructions on each row and agree to the last bit. Optional arrays that are abs
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
+from numba.extending import register_jitable
 
 from swl.backends.numba import few_classes as _cpu_few_classes
 from swl.backends.numba import few_classes as few
+from swl.backends.numba import gemm_tile as _gemm_tile
 from swl.backends.numba import rows as _cpu_rows
 from swl.backends.numba import simd as _simd
 from swl.backends.numba.cache import kept
-from swl.backends.numba.few_classes import EXPONENT, EXPS, FEW, PULL, SCALE
+from swl.backends.numba.few_classes import EXPONENT, FEW, PULL, SCALE
+from swl.backends.numba.few_classes import room_size as few_room
+from swl.backends.numba.gemm_tile import address_of
 from swl.backends.numba.rows import (
-    BLOCK,
     ENTROPY,
     INNER,
     LOG_PROB,
@@ -39,13 +43,18 @@ from swl.backends.numba.rows import (
     target_vector,
     weigh,
 )
+from swl.backends.numba.rows import room_size as row_room
 from swl.backends.numba.simd import (
+    BYTES,
+    address_in,
+    fill_zero,
     first_lane,
     from_row,
     item,
     lanes,
     load,
     load_tail,
+    part,
     read_only,
     row_of,
     scalar,
@@ -62,7 +71,7 @@ FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
 
 def _kernel(function: Any) -> Any:
     """Compile at first use and keep the result on disk."""
-    return kept(function, __file__, _simd.__file__, _cpu_rows.__file__, _cpu_few_classes.__file__)
+    return kept(function, __file__, _simd.__file__, _cpu_rows.__file__, _cpu_few_classes.__file__, _gemm_tile.__file__)
 
 
 @njit(**INNER)
@@ -79,12 +88,27 @@ def _pull(M: Any, S: Any, A: Any, m: Any, lam: Any) -> Any:
 
 
 @njit(**INNER)
+def _no_loss(rows: Any, n: int) -> None:
+    """Write 0 to all numbers of an ignored row."""
+    for field in range(LOSS, MASS + 1):
+        rows[field, n] = 0
+
+
+@njit(**INNER)
+def _slot(room: Any, C: int, low: Any, slot: int) -> Any:
+    """View the scratch of one of two rows: exponentials, and bases of blocks."""
+    exps, bases = row_room(C, lanes(low))
+    start = slot * (exps + bases)
+    return part(room, start, exps), part(room, start + exps, bases)
+
+
+@njit(**INNER)
 def _sweep_rows(
     logits: Any, out: Any, first: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
     row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
-    first_class: int, flags: int, exps: Any, all_bases: Any,
+    first_class: int, flags: int, room: Any,
 ) -> None:  # fmt: skip
-    """Do what `sweep` does a row at a time, with room for two rows' exponentials and their blocks' bases."""
+    """Do what `sweep` does a row at a time, in scratch for two rows."""
     C = logits.shape[1]
     of_ids = ids.size > 0
     zero = rows.dtype.type(0.0)
@@ -99,7 +123,8 @@ def _sweep_rows(
     for i in range(logits.shape[0]):
         n = first + i
         slot = i % 2 if late else 0
-        row, e, bases = row_of(logits, i), row_of(exps, slot), row_of(all_bases, slot)
+        row = row_of(logits, i)
+        e, bases = _slot(room, C, low, slot)
         q = row_of(probs, 0 if of_ids else i)
         extras = Extras(dense, q, w, b, scalar(zero, hot), scalar(zero, rest), scalar(zero, softcap))
         hit = -1  # the column of the target class, where it is one of ours
@@ -114,16 +139,17 @@ def _sweep_rows(
         y_hit = scalar(zero, hot) * m
         if not counts:
             if flags & FORWARD:
-                rows[LOSS : MASS + 1, n] = 0
+                _no_loss(rows, n)
             if not flags & STATS:
                 if flags & BACKWARD:
-                    out[i, :] = 0
+                    fill_zero(row_of(out, i))
                 continue
 
         if not plain:
             M, S, d, A = forward(row, extras, low, e, bases, None)
         elif waiting:
-            behind = Late(row_of(out, last), row_of(exps, last % 2), row_of(all_bases, last % 2), last_scale)
+            exps, factors = _slot(room, C, low, last % 2)
+            behind = Late(row_of(out, last), exps, factors, last_scale)
             M, S, d, A = forward(row, None, low, e, bases, behind)
             if last_hit >= 0:
                 g = target_vector(row, None, low, behind.exps, behind.factors, last_scale, last_hit, last_y)
@@ -155,7 +181,7 @@ def _sweep_rows(
                 rows[ENTROPY, n], rows[LOG_PROB, n] = S - expected, dot - mass * S if mass != 0 else zero
         if flags & BACKWARD:
             if not counts:
-                out[i, :] = 0
+                fill_zero(row_of(out, i))
                 continue
             M, S, A = rows[ROW_MAX, n], rows[LOG_SUM, n], rows[MASS, n]
             scale = row_scale[n * scale_step]
@@ -171,16 +197,18 @@ def _sweep_rows(
 @njit(**INNER)
 def _sweep_few(
     logits: Any, out: Any, first: int, ids: Any, row_weight: Any, row_scale: Any, rows: Any, argmax: Any, z_loss: float,
-    first_class: int, flags: int, room: Any,
+    first_class: int, flags: int, all_room: Any,
 ) -> None:  # fmt: skip
     """Do what `sweep` does for class ids without options that reach the other classes, a vector of rows at a time."""
     N, C = logits.shape
+    room = whole(all_room)
     zero = rows.dtype.type(0.0)
     one, low, lam = scalar(zero, 1), scalar(zero, -np.inf), scalar(zero, z_loss)
     step = lanes(zero)
     per_row = 1 if row_scale.size > 1 else 0
     for start in range(0, N, step):
         count = min(step, N - start)
+        few.clear(room, low)
         few.sums(from_row(logits, start), C, count, low, room)
         for i in range(count):
             n = first + start + i
@@ -196,7 +224,7 @@ def _sweep_few(
                     rows[LOSS, n] = _loss(M, S, d, A, m, lam)
                     rows[ROW_MAX, n], rows[LOG_SUM, n], rows[TARGET_DOT, n], rows[MASS, n] = M, S, d, A
                 else:
-                    rows[LOSS : MASS + 1, n] = 0
+                    _no_loss(rows, n)
                 if flags & STATS:
                     expected, _, _, argmax[n] = statistics(row_of(logits, start + i), None, low, M, S)
                     rows[ROW_MAX, n], rows[LOG_SUM, n] = M, S
@@ -212,7 +240,7 @@ def _sweep_few(
                 n = first + start + i
                 column = ids[n] - first_class
                 if ids[n] == IGNORED:
-                    out[start + i, :] = 0
+                    fill_zero(row_of(out, start + i))
                 elif 0 <= column < C:
                     m = row_weight[n] if row_weight.size else one
                     out[start + i, column] = few.target_gradient(room, low, i, column, m)
@@ -222,24 +250,30 @@ def _sweep_few(
 def sweep(
     logits: Any, out: Any, first: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
     row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
-    first_class: int, flags: int,
+    first_class: int, flags: int, room: Any,
 ) -> None:  # fmt: skip
     """Run the operations that `flags` names over some rows, the one at `first` and those that follow it.
 
-    `logits`, `out` and `probs` hold just these rows, C-ordered and of the arithmetic's dtype; everything else is whole.
+    `logits`, `out` and `probs` hold just these rows, C-ordered and of the arithmetic's dtype; everything else is whole. `room` is
+    scratch of `sweep_room` numbers.
     """
-    C, step = logits.shape[1], lanes(rows.dtype.type(0))
-    if C <= FEW and ids.size and rest == 0 and softcap == 0 and not bias.size:
-        room = np.zeros(step * (EXPS + C), rows.dtype)
+    if logits.shape[1] <= FEW and ids.size and rest == 0 and softcap == 0 and not bias.size:
         _sweep_few(
-            logits, out, first, ids, row_weight, row_scale, rows, argmax, z_loss, first_class, flags, whole(room)
+            logits, out, first, ids, row_weight, row_scale, rows, argmax, z_loss, first_class, flags, room
         )  # fmt: skip
         return
-    exps, bases = np.empty((2, C + step), rows.dtype), np.empty((2, 1 + (C + step) // BLOCK), rows.dtype)
     _sweep_rows(
         logits, out, first, ids, probs, weight, row_weight, bias, row_scale, rows, argmax, hot, rest, softcap, z_loss,
-        first_class, flags, exps, bases,
+        first_class, flags, room,
     )  # fmt: skip
+
+
+@register_jitable
+def sweep_room(C: int, itemsize: int) -> int:
+    """Count the numbers of scratch that `sweep` needs for rows of C classes."""
+    step = BYTES // itemsize
+    exps, bases = row_room(C, step)
+    return max(2 * (exps + bases), few_room(C, step) if C <= FEW else 0)
 
 
 @_kernel
@@ -275,21 +309,48 @@ def total(x: Any) -> float:
 
 
 @_kernel
-def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any) -> Any:
-    """Return Σ loss and Σ m, or −1 for a bad id; write the gradient of the mean unless `out` has no rows."""
+def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any, room: Any) -> Any:
+    """Return Σ loss and Σ m; write the gradient of the mean unless `out` has no rows.
+
+    −1 in place of Σ m, with nothing written, says that an id is bad, or that `out` overlaps the logits and is not the same array.
+    `room` is scratch of `plain_room` numbers, in which all arrays lie that `sweep` has from elsewhere.
+    """
     N, C = logits.shape
-    rows, clean, argmax = np.empty((5, N), logits.dtype), np.empty(N, np.int64), np.empty(0, np.int64)
-    none, no_probs = np.empty(0, logits.dtype), read_only(np.empty((1, 0), logits.dtype))
+    between = abs(address_of(out) - address_of(logits))
+    if 0 < between < out.size * out.itemsize:
+        return 0.0, -1.0
+    at_rows, at_scale, at_room, size = _plain_layout(N, C, logits.itemsize)
+    clean, argmax = carray(address_in(room, 0), N, np.int64), carray(address_in(room, 0), 0, np.int64)
+    rows, loss = carray(address_in(room, at_rows), (5, N), room.dtype), carray(address_in(room, at_rows), N, room.dtype)
+    none, no_probs = carray(address_in(room, 0), 0, room.dtype), carray(address_in(room, 0), (1, 0), room.dtype)
     bad, count = prepare_ids(ids, C, ignore_index, none, clean, none)
     if bad >= 0:
         return 0.0, -1.0
     scale, flags = none, FORWARD
     if out.size:
-        scale, flags = np.full(1, 1.0 / count if count > 0 else 0.0, logits.dtype), FORWARD | BACKWARD
+        scale, flags = carray(address_in(room, at_scale), 1, room.dtype), FORWARD | BACKWARD
+        scale[0] = 1.0 / count if count > 0 else 0.0
     sweep(
-        read_only(logits), out, 0, clean, no_probs, none, none, none, scale, rows, argmax, 1.0, 0.0, 0.0, 0.0, 0, flags
-    )
-    return total(rows[LOSS]), count
+        read_only(logits), out, 0, clean, read_only(no_probs), none, none, none, scale, rows, argmax,
+        1.0, 0.0, 0.0, 0.0, 0, flags, carray(address_in(room, at_room), size - at_room, room.dtype),
+    )  # fmt: skip
+    return total(loss), count
+
+
+@register_jitable
+def _plain_layout(N: int, C: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Lay out the scratch of `plain_loss`, in numbers: N ids of 8 bytes, `Rows`, the scale, and scratch for `sweep`."""
+    step = BYTES // itemsize
+    rows = N * (8 // itemsize)
+    scale = rows + (MASS + 1) * N
+    room = (scale // step + 1) * step
+    return rows, scale, room, room + sweep_room(C, itemsize)
+
+
+@lru_cache(64)
+def plain_room(N: int, C: int, itemsize: int) -> int:
+    """Count the numbers of scratch that `plain_loss` needs."""
+    return _plain_layout(N, C, itemsize)[3]
 
 
 @_kernel

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
+from numba.extending import register_jitable
 
 from swl.backends.numba.simd import (
     drop_below,
@@ -61,6 +62,14 @@ LOSS, ROW_MAX, LOG_SUM, TARGET_DOT, MASS, ENTROPY, LOG_PROB = range(7)
 """The rows of the array that a sweep fills, a column for each row of the logits; see `swl.backends.Rows`."""
 
 INNER: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
+
+
+@register_jitable
+def room_size(C: int, step: int) -> tuple[int, int]:
+    """Count what a row needs of scratch: numbers for its exponentials, read in whole vectors from any class on, and for the bases
+    of its blocks.
+    """
+    return (C // step + 2) * step, (C // BLOCK // step + 1) * step
 
 
 class Extras(NamedTuple):

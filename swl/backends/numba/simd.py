@@ -67,7 +67,7 @@ class Row(types.Type):
     """The Numba type of a contiguous one-dimensional view: pointer and size.
 
     Arrays passed to inner functions are reference-counted inside the loops; a view is not, and lives no longer than the
-    array it was taken from, which must be an argument of the function that takes it.
+    array it was taken from. That must be an argument of the kernel: what a kernel allocated itself would be freed before.
     """
 
     def __init__(self, dtype: Any) -> None:
@@ -131,6 +131,30 @@ def from_row(typingctx: Any, array: Any, n: Any) -> Any:
         return made._getvalue()
 
     return signature(Row(array.dtype), array, types.intp), codegen
+
+
+@intrinsic
+def part(typingctx: Any, array: Any, start: Any, size: Any) -> Any:
+    """View ``array[start : start + size]`` of a one-dimensional array."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        made = cgutils.create_struct_proxy(Row(array.dtype))(context, builder)
+        made.data = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
+        made.size = args[2]
+        return made._getvalue()
+
+    return signature(Row(array.dtype), array, types.intp, types.intp), codegen
+
+
+@intrinsic
+def address_in(typingctx: Any, array: Any, index: Any) -> Any:
+    """Point to ``array[index]`` of a one-dimensional array, for `numba.carray`: an array that nobody counts or frees."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        data = context.make_array(array)(context, builder, args[0]).data
+        return builder.bitcast(builder.gep(data, [args[1]]), cgutils.voidptr_t)
+
+    return signature(types.voidptr, array, types.intp), codegen
 
 
 @intrinsic
@@ -431,6 +455,18 @@ def set_item(typingctx: Any, row: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return signature(types.void, row, types.intp, row.dtype), codegen
+
+
+@intrinsic
+def fill_zero(typingctx: Any, row: Any) -> Any:
+    """``row[:] = 0``."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        data, size = (builder.extract_value(args[0], i) for i in range(2))
+        cgutils.memset(builder, data, builder.mul(size, _I64(_align(row.dtype))), 0)
+        return context.get_dummy_value()
+
+    return signature(types.void, row), codegen
 
 
 def _elements(builder: Any, row: Any, start: Any, stride: Any, n: int) -> Any:
