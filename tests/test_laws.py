@@ -534,6 +534,40 @@ def test_z_loss_by_hand(backend: Any) -> None:
     np.testing.assert_allclose(grad, [[0.25 - 1 + np.log(4) * 0.25, 0.75 + np.log(4) * 0.75]], rtol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"weight": 0.7}, {"weight": 0.7, "label_smoothing": 0.1, "softcap": 1e30}], ids=str
+)
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_z_loss_of_one_class_is_right_to_rounding(backend: Any, dtype: Any, options: dict[str, Any]) -> None:
+    """A·p − y is 0; from (A + 2λ·w·z)·p − y the few digits of λ beside A would be left."""
+    z = np.concatenate([-np.logspace(-3, 3, 40), np.logspace(-3, 3, 40)]).astype(dtype)[:, None]
+    weight = dtype.type(options.get("weight", 1.0))
+    given = options | {"weight": np.array([weight])}
+    _, grad = loss_and_grad(backend, z, np.zeros(80, int), z_loss=1e-4, reduction="sum", **given)
+    expected = 2e-4 * float(weight) * z.astype(np.float64)
+    np.testing.assert_allclose(grad, expected, rtol=4 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("softcap", [1000.0, 999.3])
+def test_the_slope_of_the_softcap_keeps_its_digits_near_the_cap(backend: Any, softcap: float) -> None:
+    """Within 4 units in the last place up to 8κ. The other class has all probability, so that the gradient is −∂z/∂r."""
+    z = np.empty((2000, 2), np.float32)
+    z[:, 0], z[:, 1] = np.linspace(-8, 0.9, 2000) * softcap, 8 * softcap
+    _, grad = loss_and_grad(backend, z, np.zeros(2000, int), softcap=softcap, reduction="sum")
+    e = np.exp(-2 * np.abs(z[:, 0].astype(np.float64)) / softcap)
+    slope = 4 * e / (1 + e) ** 2
+    assert (np.abs(-grad[:, 0] - slope) <= 4 * np.spacing(slope.astype(np.float32))).all()
+
+
+def test_far_beyond_the_softcap_the_slope_ends_at_zero(host_backend: Any) -> None:
+    z = np.array([[-np.inf, 8], [-1e30, 8], [-300, 8], [-50, 8], [-40, 8], [np.nan, 8]], np.float32)
+    _, grad = loss_and_grad(host_backend, z, np.zeros(6, int), softcap=1.0, reduction="sum")
+    assert (grad[:3, 0] == 0).all()
+    assert -1.4e-43 < grad[3, 0] <= 0
+    np.testing.assert_allclose(grad[4, 0], -4 * np.exp(-80.0) / (1 + np.exp(-2.0)), rtol=1e-6)  # (p − 1)·slope
+    assert np.isnan(grad[5]).all()
+
+
 @pytest.mark.parametrize("dtype", [d for d in INTEGERS if d.kind == "u"], ids=str)
 def test_an_ignore_index_that_the_ids_cannot_hold_ignores_nothing(backend: Any, dtype: Any) -> None:
     """−100 in unsigned ids: no row is ignored, above all not one that equals it modulo 2**bits."""

@@ -114,8 +114,10 @@ class NumpyBackend:
         M, S, A = rows.row_max, rows.log_sum, rows.mass
         with np.errstate(invalid="ignore", over="ignore"):
             p = np.exp(z - M[:, None] - S[:, None])
-            pull = A + 2 * target.z_loss * m * (M + S) if target.z_loss else A
-            grad = (pull[:, None] * p - y) * row_scale[:, None]  # ∂L/∂z = (A + 2λ·m·(M + S))·p − y
+            grad = A[:, None] * p - y  # ∂L/∂z = (A·p − y) + 2λ·m·(M + S)·p
+            if target.z_loss:
+                grad += (2 * target.z_loss * m * (M + S))[:, None] * p
+            grad *= row_scale[:, None]
             if slope is not None:
                 grad *= slope
         if target.ids is not None:
@@ -160,14 +162,18 @@ def raise_bad_id(ids: Any, row: int, n_classes: int, ignore_index: int) -> None:
 
 
 def _final_logits(logits: Any, target: Target) -> tuple[Any, Any | None]:
-    """Z = κ·tanh((r + bias)/κ) and ∂z/∂r = 1 − (z/κ)²; without a softcap z = r + bias and None."""
+    """Z = κ·tanh((r + bias)/κ) and ∂z/∂r = 1 − (z/κ)²; without a softcap z = r + bias and None.
+
+    The slope is formed as 4e/(1 + e)², e = exp(−2|r + bias|/κ), in float64: where z is near ±κ, the difference has no digits left.
+    """
     r = acc(logits)
     if target.bias is not None:
         r = r + target.bias
     if not target.softcap:
         return r, None
-    capped = np.tanh(r / r.dtype.type(target.softcap))
-    return r.dtype.type(target.softcap) * capped, 1 - capped * capped
+    cap = r.dtype.type(target.softcap)
+    e = np.exp(np.abs(r.astype(np.float64)) * (-2 / target.softcap))
+    return cap * np.tanh(r / cap), 4 * e / (1 + e) ** 2
 
 
 def _target_rows(z: Any, target: Target) -> tuple[Any, Any, Any]:

@@ -122,15 +122,36 @@ MUTANTS = [
     Mutant(
         "softcap without its slope",
         ROWS,
-        "g = g * (splat(scalar(low, 1)) - t * t)",
+        "g = g * _slope(_raw_at(row, extras, j, stop, low), extras)",
         "g = g * splat(scalar(low, 1))",
         "test_shards.py:a_bias_is_added and float32",
     ),
     Mutant(
+        "the softcap's slope with the rounding of its quotient",
+        ROWS,
+        "e = e - zero_where_zero(e, e * (missing * splat(scalar(k, 2) / k)))  # at |r| = ∞ the product is NaN, and e is 0",
+        "e = e - zero * missing",
+        "test_laws.py:keeps_its_digits",
+    ),
+    Mutant(
+        "z-loss added to A before y is taken away",
+        ROWS,
+        "g = fma(z, e, fma(mass, e, minus_y)) * scale",
+        "g = fma(mass + z, e, minus_y) * scale",
+        "test_laws.py:one_class_is_right",
+    ),
+    Mutant(
+        "few classes: z-loss added to A before y is taken away",
+        FEW,
+        "return ((mass * p - y_hit) + z * p) * item(room, SCALE * step + i)",
+        "return ((mass + z) * p - y_hit) * item(room, SCALE * step + i)",
+        "test_laws.py:one_class_is_right",
+    ),
+    Mutant(
         "z-loss without its factor 2",
         KERNELS,
-        "return A + (scalar(lam, 2) * lam * m * (M + S) if lam > 0 else scalar(lam, 0))",
-        "return A + (lam * m * (M + S) if lam > 0 else scalar(lam, 0))",
+        "return scalar(lam, 2) * lam * m * (M + S) if lam > 0 else scalar(lam, 0)",
+        "return lam * m * (M + S) if lam > 0 else scalar(lam, 0)",
         "test_laws.py:z_loss_by_hand",
     ),
     Mutant(
@@ -150,8 +171,8 @@ MUTANTS = [
     Mutant(
         "the factor of the first block for all",
         ROWS,
-        "k = factor_of(item(factors, start // BLOCK), scale)",
-        "k = factor_of(item(factors, 0), scale)",
+        "k = factor_of(item(factors, start // BLOCK), pull)",
+        "k = factor_of(item(factors, 0), pull)",
         "test_cross_entropy.py:longer_than_any_block and float32 and 16385 and ids",
     ),
     Mutant(

@@ -46,7 +46,7 @@ STAGED = 1 << 17
 _BEYOND = 1 << 63
 """The first number that is too large for int64, in which the kernels look at class ids."""
 
-_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+_F32, _F64, _I64 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
 _NONE = {dtype: np.empty(0, dtype) for dtype in (_F32, _F64)}
 _NO_IDS = np.empty(0, np.int64)
 _NO_OUT = {dtype: np.empty((0, 0), dtype) for dtype in (_F32, _F64)}
@@ -210,9 +210,7 @@ class NumbaBackend(NumpyBackend):
         N, C = shape = logits.shape
         if ids.shape != (N,) or not N * C:
             return None
-        if not (
-            ids.dtype == np.int64 and ids.flags.carray and logits.flags.carray
-        ):  # else they would compile once more
+        if not (ids.dtype == _I64 and ids.flags.carray and logits.flags.carray):  # else they would compile once more
             return None
         if not -_BEYOND <= ignore_index < _BEYOND:
             return None

@@ -35,7 +35,7 @@ from swl.backends.numba.simd import (
 FEW = 64
 """Classes up to which this is faster (docs/performance.md)."""
 
-MAXIMUM, SUM, EXPONENT, PULL, SCALE, LEAST, EXPS = range(7)
+MAXIMUM, SUM, EXPONENT, TARGET_MASS, Z_PULL, SCALE, LEAST, EXPS = range(8)
 """What the room holds: a vector with a number for each row, and from `EXPS` on a vector for each class."""
 
 
@@ -48,7 +48,7 @@ def room_size(C: int, step: int) -> int:
 @njit(**INNER)
 def clear(room: Any, low: Any) -> None:
     """Put 0 where a vector has no row: of what a call before left there, products may be subnormal, which takes long."""
-    for vector in (EXPONENT, PULL, SCALE):
+    for vector in (EXPONENT, TARGET_MASS, Z_PULL, SCALE):
         store(room, vector * lanes(low), splat(scalar(low, 0)))
 
 
@@ -73,12 +73,13 @@ def sums(group: Any, C: int, count: int, low: Any, room: Any) -> None:
 
 @njit(**INNER)
 def gradients(group: Any, C: int, count: int, low: Any, room: Any) -> None:
-    """Write pull·p·scale of every class, p = exp(z − M)·exp(exponent); leave pull·exp(exponent) as the pull."""
+    """Write (A + z)·p·scale of every class, p = exp(z − M)·exp(exponent); leave p per exponential in place of the exponent."""
     step = lanes(low)
-    k = load(room, PULL * step, low) * splat(exp_unit(low)) * exp_nonpositive(load(room, EXPONENT * step, low))
-    c = k * load(room, SCALE * step, low)
+    k = splat(exp_unit(low)) * exp_nonpositive(load(room, EXPONENT * step, low))
+    pull = load(room, TARGET_MASS * step, low) + load(room, Z_PULL * step, low)
+    c = pull * k * load(room, SCALE * step, low)
     least = splat(scalar(low, np.finfo(low).tiny)) / maximum(c, splat(scalar(low, 0)) - c)
-    store(room, PULL * step, k)
+    store(room, EXPONENT * step, k)
     store(room, LEAST * step, least)
     for j in range(C):
         scatter(group, j, C, count, product_from(load(room, (EXPS + j) * step, low), c, least))
@@ -86,13 +87,14 @@ def gradients(group: Any, C: int, count: int, low: Any, room: Any) -> None:
 
 @njit(**INNER)
 def target_gradient(room: Any, low: Any, i: int, hit: int, y_hit: Any) -> Any:
-    """(pull·p − y)·scale of the target class of row i."""
+    """((A·p − y) + z·p)·scale of the target class of row i; see `swl.backends.numba.rows.Pull`."""
     step = lanes(low)
     e = item(room, (EXPS + hit) * step + i)
-    p = e * item(room, PULL * step + i)
+    p = e * item(room, EXPONENT * step + i)
     if e < item(room, LEAST * step + i):
         p = scalar(low, 0)
-    return (p - y_hit) * item(room, SCALE * step + i)
+    mass, z = item(room, TARGET_MASS * step + i), item(room, Z_PULL * step + i)
+    return ((mass * p - y_hit) + z * p) * item(room, SCALE * step + i)
 
 
 @njit(**INNER)

@@ -22,7 +22,7 @@ from swl.backends.numba import gemm_tile as _gemm_tile
 from swl.backends.numba import rows as _cpu_rows
 from swl.backends.numba import simd as _simd
 from swl.backends.numba.cache import kept
-from swl.backends.numba.few_classes import EXPONENT, FEW, PULL, SCALE
+from swl.backends.numba.few_classes import EXPONENT, FEW, SCALE, TARGET_MASS, Z_PULL
 from swl.backends.numba.few_classes import room_size as few_room
 from swl.backends.numba.gemm_tile import address_of
 from swl.backends.numba.rows import (
@@ -36,6 +36,7 @@ from swl.backends.numba.rows import (
     TARGET_DOT,
     Extras,
     Late,
+    Pull,
     backward,
     forward,
     logits_at,
@@ -82,9 +83,9 @@ def _loss(M: Any, S: Any, d: Any, A: Any, m: Any, lam: Any) -> Any:
 
 
 @njit(**INNER)
-def _pull(M: Any, S: Any, A: Any, m: Any, lam: Any) -> Any:
-    """Give what p is multiplied by in the gradient: A + 2λ·m·(M + S)."""
-    return A + (scalar(lam, 2) * lam * m * (M + S) if lam > 0 else scalar(lam, 0))
+def _z_pull(M: Any, S: Any, m: Any, lam: Any) -> Any:
+    """2λ·m·(M + S), by which z-loss has p multiplied in the gradient."""
+    return scalar(lam, 2) * lam * m * (M + S) if lam > 0 else scalar(lam, 0)
 
 
 @njit(**INNER)
@@ -119,14 +120,16 @@ def _sweep_rows(
     stream = flags & STREAM != 0
     w, b = whole(weight), whole(bias)
     late = plain and stream  # each gradient is written during the next row's forward pass
-    waiting, last, last_hit, last_y, last_scale = False, 0, -1, zero, zero
+    waiting, last, last_hit, last_y, last_pull = False, 0, -1, zero, Pull(zero, zero, zero)
+    cap = scalar(zero, softcap)
+    cap_rest = scalar(zero, softcap - np.float64(cap))
     for i in range(logits.shape[0]):
         n = first + i
         slot = i % 2 if late else 0
         row = row_of(logits, i)
         e, bases = _slot(room, C, low, slot)
         q = row_of(probs, 0 if of_ids else i)
-        extras = Extras(dense, q, w, b, scalar(zero, hot), scalar(zero, rest), scalar(zero, softcap))
+        extras = Extras(dense, q, w, b, scalar(zero, hot), scalar(zero, rest), cap, cap_rest)
         hit = -1  # the column of the target class, where it is one of ours
         m = one
         counts = True
@@ -149,10 +152,10 @@ def _sweep_rows(
             M, S, d, A = forward(row, extras, low, e, bases, None)
         elif waiting:
             exps, factors = _slot(room, C, low, last % 2)
-            behind = Late(row_of(out, last), exps, factors, last_scale)
+            behind = Late(row_of(out, last), exps, factors, last_pull)
             M, S, d, A = forward(row, None, low, e, bases, behind)
             if last_hit >= 0:
-                g = target_vector(row, None, low, behind.exps, behind.factors, last_scale, last_hit, last_y)
+                g = target_vector(row, None, low, behind.exps, behind.factors, last_pull, last_hit, last_y)
                 at = last_hit - last_hit % lanes(low)
                 store_tail(behind.out, at, min(lanes(low), C - at), g)
             waiting = False
@@ -185,13 +188,14 @@ def _sweep_rows(
                 continue
             M, S, A = rows[ROW_MAX, n], rows[LOG_SUM, n], rows[MASS, n]
             scale = row_scale[n * scale_step]
-            weigh(bases, C, M, S, _pull(M, S, A, m, lam))
+            pull = Pull(A, _z_pull(M, S, m, lam), scale)
+            weigh(bases, C, M, S)
             if late and i + 1 < logits.shape[0] and (not of_ids or ids[n + 1] != IGNORED):
-                waiting, last, last_hit, last_y, last_scale = True, i, hit, y_hit, scale
+                waiting, last, last_hit, last_y, last_pull = True, i, hit, y_hit, pull
             elif plain:
-                backward(row, row_of(out, i), None, low, e, bases, scale, hit, y_hit, stream)
+                backward(row, row_of(out, i), None, low, e, bases, pull, hit, y_hit, stream)
             else:
-                backward(row, row_of(out, i), extras, low, e, bases, scale, hit, y_hit, stream)
+                backward(row, row_of(out, i), extras, low, e, bases, pull, hit, y_hit, stream)
 
 
 @njit(**INNER)
@@ -232,7 +236,8 @@ def _sweep_few(
             if flags & BACKWARD:
                 M, S, A = rows[ROW_MAX, n], rows[LOG_SUM, n], rows[MASS, n]
                 set_item(room, EXPONENT * step + i, item(room, few.MAXIMUM * step + i) - M - S)
-                set_item(room, PULL * step + i, _pull(M, S, A, m, lam))
+                set_item(room, TARGET_MASS * step + i, A)
+                set_item(room, Z_PULL * step + i, _z_pull(M, S, m, lam))
                 set_item(room, SCALE * step + i, row_scale[n * per_row])
         if flags & BACKWARD:
             few.gradients(from_row(out, start), C, count, low, room)

@@ -84,6 +84,7 @@ class Extras(NamedTuple):
     hot: Any
     rest: Any
     softcap: Any
+    softcap_rest: Any  # κ = softcap + softcap_rest: twice the digits
 
 
 @njit(**INNER)
@@ -95,18 +96,43 @@ def _at(row: Any, j: int, stop: Any, fill: Any) -> Any:
 
 
 @njit(**INNER)
+def _raw_at(row: Any, extras: Any, j: int, stop: Any, low: Any) -> Any:
+    """R + bias; `low` = −inf past the end."""
+    r = _at(row, j, stop, low)
+    if extras is not None and extras.bias.size:
+        r = r + _at(extras.bias, j, stop, scalar(low, 0))
+    return r
+
+
+@njit(**INNER)
 def logits_at(row: Any, extras: Any, j: int, stop: Any, low: Any) -> Any:
     """Z = κ·tanh((r + bias)/κ), or r + bias without a softcap; `low` = −inf past the end."""
-    z = _at(row, j, stop, low)
-    if extras is not None:
-        if extras.bias.size:
-            z = z + _at(extras.bias, j, stop, scalar(low, 0))
-        if extras.softcap > 0:
-            k = splat(extras.softcap)
-            z = k * tanh(z / k)
-            if stop is not None:
-                z = keep(z, stop - j, low)
+    z = _raw_at(row, extras, j, stop, low)
+    if extras is not None and extras.softcap > 0:
+        k = splat(extras.softcap)
+        z = k * tanh(z / k)
+        if stop is not None:
+            z = keep(z, stop - j, low)
     return z
+
+
+@njit(**INNER)
+def _slope(r: Any, extras: Any) -> Any:
+    """∂z/∂r = 1 − (z/κ)² = 4e/(1 + e)², e = exp(−2|r|/κ): near ±κ the difference would have no digits left.
+
+    The quotient's rounding, and that of κ, are made good to first order: at |r|/κ = 8 they would be 8 units in the last place of e.
+    An e that is no normal number is 0.
+    """
+    k = extras.softcap
+    zero, one, two, four = splat(scalar(k, 0)), splat(scalar(k, 1)), splat(scalar(k, 2)), splat(scalar(k, 4))
+    size = maximum(r, zero - r)
+    q = size / splat(k)
+    missing = fma(zero - q, splat(extras.softcap_rest), fma(zero - q, splat(k), size))  # |r| − q·κ
+    p, power = exp_parts(zero - two * q)
+    unit = exp_unit(k)
+    e = drop_below(p * power, splat(scalar(k, np.finfo(k).tiny) / unit)) * splat(unit)
+    e = e - zero_where_zero(e, e * (missing * splat(scalar(k, 2) / k)))  # at |r| = ∞ the product is NaN, and e is 0
+    return four * e / fma(e, two + e, one)
 
 
 @njit(**INNER)
@@ -145,30 +171,42 @@ def exp_of(x: Any) -> Any:
     return first_lane(exp_nonpositive(splat(x)))
 
 
+class Pull(NamedTuple):
+    """What makes the gradient of a row: ∂L/∂z = ((A·p − y) + z·p)·scale.
+
+    Where A·p is y, what z adds would have few digits in (A + z)·p − y. Where y is 0 the two are the same.
+    """
+
+    mass: Any  # A
+    z: Any  # 2λ·m·(M + S)
+    scale: Any
+
+
 class Late(NamedTuple):
     """A row without extras whose gradient is still to be written."""
 
     out: Any
     exps: Any
     factors: Any
-    scale: Any
+    pull: Pull
 
 
 @njit(**INNER)
-def factor_of(k: Any, scale: Any) -> Any:
-    """Give a block's pull·p per exponential, the same times `scale`, and the least exponential whose gradient is a normal number.
+def factor_of(k: Any, pull: Pull) -> Any:
+    """Give a block's A·p, z·p and (A + z)·p·scale per exponential, and the least exponential whose gradient is a normal number; `k`
+    is p per exponential.
 
     What comes out below that is written as 0: subnormal numbers would slow this loop, and every product that reads them, tens of
     times.
     """
-    c = k * scale
-    return splat(k), splat(c), splat(scalar(k, np.finfo(k).tiny) / abs(c))
+    c = (pull.mass + pull.z) * k * pull.scale
+    return splat(pull.mass * k), splat(pull.z * k), splat(c), splat(scalar(k, np.finfo(k).tiny) / abs(c))
 
 
 @njit(**INNER)
 def _late_gradient(late: Late, factor: Any, j: int, low: Any) -> Any:
-    """∂L/∂z = pull·p·scale of a vector, the target class's part left out."""
-    _, c, least = factor
+    """∂L/∂z = (A + z)·p·scale of a vector, the target class's part left out."""
+    _, _, c, least = factor
     return product_from(load(late.exps, j, low), c, least)
 
 
@@ -201,7 +239,7 @@ def _block(row: Any, extras: Any, start: int, stop: int, low: Any, base: Any, ex
     sums = splat(low), splat(zero), splat(zero), splat(zero)
     done = start
     if late is not None:
-        factor = factor_of(item(late.factors, start // BLOCK), late.scale)
+        factor = factor_of(item(late.factors, start // BLOCK), late.pull)
         lead = to_line(late.out, start)
         done = max(start, full - step)
         for j in range(start, done, step):
@@ -271,52 +309,52 @@ def forward(row: Any, extras: Any, low: Any, exps: Any, bases: Any, late: Any) -
 
 @njit(**INNER)
 def _gradient(row: Any, extras: Any, j: int, stop: Any, low: Any, exps: Any, factor: Any, scale: Any, hot: Any) -> Any:
-    """∂L/∂r = (pull·p − y)·scale·(1 − (z/κ)²); `hot` is the target class's part of −y, None for vectors without it."""
-    k, c, least = factor
+    """∂L/∂r = ((A·p − y) + z·p)·scale·∂z/∂r; `hot` is the target class's part of −y, None for vectors without it."""
+    mass, z, c, least = factor
     e = load(exps, j, low)
     if extras is None and hot is None:
         return product_from(e, c, least)
+    e = drop_below(e, least)
     minus_y = splat(scalar(low, 0)) if hot is None else hot
     if extras is not None and extras.dense:
         minus_y = minus_y - _dense(extras, j, stop)
-    g = fma(k, drop_below(e, least), minus_y) * scale
+    g = fma(z, e, fma(mass, e, minus_y)) * scale
     if extras is not None and extras.softcap > 0:
-        t = logits_at(row, extras, j, stop, low) / splat(extras.softcap)
-        g = g * (splat(scalar(low, 1)) - t * t)
+        g = g * _slope(_raw_at(row, extras, j, stop, low), extras)
     return g
 
 
 @njit(**INNER)
-def weigh(bases: Any, C: int, M: Any, S: Any, pull: Any) -> None:
-    """Turn each block's base into pull·exp(base − M − S), in units of `exp_unit`: times exp(z − base) it is pull·p."""
+def weigh(bases: Any, C: int, M: Any, S: Any) -> None:
+    """Turn each block's base into exp(base − M − S), in units of `exp_unit`: times exp(z − base) it is p."""
     for i in range((C + BLOCK - 1) // BLOCK):
-        set_item(bases, i, pull * exp_unit(pull) * exp_of(item(bases, i) - M - S))
+        set_item(bases, i, exp_unit(M) * exp_of(item(bases, i) - M - S))
 
 
 @njit(**INNER)
-def target_vector(row: Any, extras: Any, low: Any, exps: Any, factors: Any, scale: Any, hit: int, y_hit: Any) -> Any:
+def target_vector(row: Any, extras: Any, low: Any, exps: Any, factors: Any, pull: Pull, hit: int, y_hit: Any) -> Any:
     """Compute the gradient of the vector in which the target class stands."""
     at = hit - hit % lanes(low)
     end = min(at + lanes(low), row.size)
     hot = set_lane(splat(scalar(low, 0)), hit - at, -y_hit)
-    factor = factor_of(item(factors, at // BLOCK), scale)
-    return _gradient(row, extras, at, end, low, exps, factor, splat(scale), hot)
+    factor = factor_of(item(factors, at // BLOCK), pull)
+    return _gradient(row, extras, at, end, low, exps, factor, splat(pull.scale), hot)
 
 
 @njit(**INNER)
 def backward(
-    row: Any, out: Any, extras: Any, low: Any, exps: Any, factors: Any, scale: Any, hit: int, y_hit: Any, stream: bool
+    row: Any, out: Any, extras: Any, low: Any, exps: Any, factors: Any, pull: Pull, hit: int, y_hit: Any, stream: bool
 ) -> None:
     """Write the gradient of a row from what `forward` and `weigh` left; `out` may be `row` itself."""
     step = lanes(low)
     C = row.size
-    c = splat(scale)
+    c = splat(pull.scale)
     g_hit = splat(scalar(low, 0))
     if hit >= 0:  # before the row is written over
-        g_hit = target_vector(row, extras, low, exps, factors, scale, hit, y_hit)
+        g_hit = target_vector(row, extras, low, exps, factors, pull, hit, y_hit)
     for start in range(0, C, BLOCK):
         stop = min(start + BLOCK, C)
-        k = factor_of(item(factors, start // BLOCK), scale)
+        k = factor_of(item(factors, start // BLOCK), pull)
         begin = min(start + to_line(out, start), stop)  # stores across two lines take twice as long
         if begin > start:
             g = _gradient(row, extras, start, begin, low, exps, k, c, None)
