@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import multiprocessing
 import os
@@ -241,3 +242,12 @@ def test_exp_is_within_two_ulp_on_its_whole_range(dtype: Any) -> None:
         error = np.abs(got - want) / ulp
     assert (error[~np.isnan(x)] <= 2).all()
     np.testing.assert_array_equal(got[:5], np.array([1, 1, 0, 0, np.nan], dtype))
+
+
+def test_the_rounding_errors_of_a_mean_do_not_grow_with_its_rows() -> None:
+    rng = np.random.default_rng(0)
+    z, t, w = rng.standard_normal((100_000, 10)), rng.integers(0, 10, 100_000), rng.random(10)
+    with swl.use_backend("numba"):
+        each = swl.cross_entropy(z, t, weight=w, reduction="none")
+        mean = float(swl.cross_entropy(z, t, weight=w))
+    assert abs(mean - math.fsum(each) / math.fsum(w[t])) <= 16 * np.spacing(mean)

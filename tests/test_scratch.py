@@ -61,9 +61,13 @@ def test_kernels_allocate_nothing_and_count_references_to_their_arguments_only()
         assert any(re.search(rf"\d{kernel}_[0-9a-f]{{12}}", name) for name in inside), kernel
     for name, body in inside.items():
         for line in re.findall(r"[^\n]*@NRT_[^\n]*", body):
-            # an argument is held by who calls, so the count never reaches 0 here
-            assert re.search(r"@NRT_(incref|decref)\(ptr %arg\.", line) or "@NRT_Free(" in line, (name, line)
+            # an argument is held by who calls, so the count never reaches 0 here; LLVM may name it as the source does
+            of_argument = re.search(rf"@NRT_(incref|decref)\(ptr %(arg\.|({ARGUMENTS})\.sroa)", line)
+            assert of_argument or "@NRT_Free(" in line, (name, line)
 
+
+ARGUMENTS = "logits|out|ids|probs|weight|row_weight|bias|row_scale|rows|argmax|clean|room|source|target|x"
+"""What the kernels call their arrays; none of these names is given to another."""
 
 MIXED = """
 import sys, threading, time

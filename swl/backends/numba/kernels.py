@@ -66,6 +66,9 @@ from swl.backends.numba.simd import (
 )
 from swl.backends.protocol import IGNORED
 
+PART = 128
+"""Numbers that are summed by themselves: the rounding errors of a long sum grow with its parts, not its numbers."""
+
 FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
 """What `sweep` is to do; and that the gradient goes past the caches."""
 
@@ -282,9 +285,25 @@ def sweep_room(C: int, itemsize: int) -> int:
 
 
 @_kernel
+def total(x: Any) -> float:
+    """Sum in float64, in an order that never changes."""
+    total = 0.0
+    for start in range(0, x.size, PART):
+        stop = min(start + PART, x.size)
+        full = stop - (stop - start) % 4
+        a, b, c, d = 0.0, 0.0, 0.0, 0.0
+        for n in range(start, full, 4):
+            a, b, c, d = a + x[n], b + x[n + 1], c + x[n + 2], d + x[n + 3]
+        for n in range(full, stop):
+            a += x[n]
+        total += (a + b) + (c + d)
+    return total
+
+
+@_kernel
 def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean: Any, row_weight: Any) -> Any:
     """Write the ids as `Target.ids`, and m; return the first bad row or −1, and Σ m."""
-    total = 0.0
+    count = 0
     for n in range(ids.size):
         t = np.int64(ids[n])
         m = 0.0
@@ -293,24 +312,12 @@ def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean:
         elif 0 <= t < n_classes:
             clean[n] = t
             m = weight[t] if weight.size else 1.0
+            count += 1
         else:
-            return n, total
+            return n, 0.0
         if weight.size:
             row_weight[n] = m
-        total += m
-    return -1, total
-
-
-@_kernel
-def total(x: Any) -> float:
-    """Sum in float64, in an order that never changes."""
-    a, b, c, d = 0.0, 0.0, 0.0, 0.0
-    full = x.size - x.size % 4
-    for n in range(0, full, 4):
-        a, b, c, d = a + x[n], b + x[n + 1], c + x[n + 2], d + x[n + 3]
-    for n in range(full, x.size):
-        a += x[n]
-    return (a + b) + (c + d)
+    return -1, total(row_weight) if weight.size else float(count)
 
 
 @_kernel
