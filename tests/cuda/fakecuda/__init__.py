@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 
 from . import build
@@ -75,6 +76,9 @@ def _load(folder: Path) -> Any:
     cache.mkdir(exist_ok=True)
     os.environ["CUPY_CACHE_DIR"] = str(cache)
     os.environ.setdefault("CUPY_ACCELERATORS", "")
+    numba.config.DISABLE_CUDA = (
+        True  # Numba's own CUDA target, which torch's test machinery asks for, is not for the fake
+    )
     os.environ.setdefault("CUDA_PATH", str(folder))
     names = sorted(p.name for p in folder.glob("lib*.so*"))
     names.sort(key=lambda name: name != "libfakecuda.so")
