@@ -577,3 +577,13 @@ def test_an_ignore_index_that_the_ids_cannot_hold_ignores_nothing(backend: Any, 
     loss, _ = loss_and_grad(backend, z, t)
     want, _ = loss_and_grad(backend, z, t.astype(np.int64))
     assert loss == want
+
+
+def test_what_the_user_asks_numpy_to_raise_is_not_raised_by_a_loss(host_backend: Any) -> None:
+    """Overflow when a gradient is rounded, probabilities that underflow, NaN: all are what the equations say."""
+    z = host_backend.array([[6e4, -6e4, 0.0], [np.nan, np.inf, 1.0], [0.0, -90.0, -np.inf]], np.float16)
+    with np.errstate(all="raise"):
+        loss, grad = swl.cross_entropy_value_and_grad(z, np.array([1, 0, 0]), reduction="sum", dout=1e6)
+        assert np.isnan(loss)
+        assert np.isinf(grad[0]).any()
+        swl.cross_entropy_value_and_grad(z, np.array([1, 0, 0]), label_smoothing=0.1, softcap=3.0, stats=True)

@@ -21,6 +21,10 @@ def acc(x: Any) -> Any:
     return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
 
 
+_quiet = np.errstate(all="ignore")
+"""NaN and ±inf mean what IEEE 754 says, and are no news."""
+
+
 class NumpyBackend:
     """See `swl.backends.Backend` for what each operation means."""
 
@@ -41,10 +45,12 @@ class NumpyBackend:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return np.empty(shape, dtype)
 
+    @_quiet
     def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
         y = np.matmul(acc(x), acc(W))
         out[...] = y if b is None else y + acc(b)
 
+    @_quiet
     def affine_backward(
         self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
     ) -> None:
@@ -75,6 +81,7 @@ class NumpyBackend:
         m = np.where(ignored, 0, weight[ids])
         return ids, m, float(m.sum(dtype=np.float64))
 
+    @_quiet
     def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
         parts = [self._forward(logits[a:b], target.rows(a, b), stats) for a, b in _cuts(logits)]
         return Rows(*(None if field[0] is None else np.concatenate(field) for field in zip(*parts, strict=True)))
@@ -82,26 +89,26 @@ class NumpyBackend:
     def _forward(self, logits: Any, target: Target, stats: bool) -> Rows:
         z, _ = _final_logits(logits, target)
         q, y, m = _target_rows(z, target)
-        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            M = z.max(axis=1, initial=-np.inf)
-            u = z - np.where(-np.inf == M, 0, M)[:, None].astype(z.dtype)
-            S = np.log(np.exp(u).sum(axis=1, dtype=np.float64)).astype(z.dtype)
-            S[-np.inf == M] = np.nan  # nothing but −inf
-            A = _mass(y, target)
-            d = _dot(y, u)
-            loss = A * S - d
-            if target.z_loss:
-                loss += target.z_loss * m * (M + S) ** 2
-            if target.ids is not None:
-                loss[target.ids == IGNORED] = 0
-            if not stats:
-                return Rows(loss, M, S, d, A)
-            p = np.exp(u - S[:, None])
-            log_prob = _dot(q, u - S[:, None])
-            if target.ids is not None:
-                log_prob[target.ids == IGNORED] = 0
-            return Rows(loss, M, S, d, A, S - _dot(p, u), log_prob, z.argmax(axis=1))
+        M = z.max(axis=1, initial=-np.inf)
+        u = z - np.where(-np.inf == M, 0, M)[:, None].astype(z.dtype)
+        S = np.log(np.exp(u).sum(axis=1, dtype=np.float64)).astype(z.dtype)
+        S[-np.inf == M] = np.nan  # nothing but −inf
+        A = _mass(y, target)
+        d = _dot(y, u)
+        loss = A * S - d
+        if target.z_loss:
+            loss += target.z_loss * m * (M + S) ** 2
+        if target.ids is not None:
+            loss[target.ids == IGNORED] = 0
+        if not stats:
+            return Rows(loss, M, S, d, A)
+        p = np.exp(u - S[:, None])
+        log_prob = _dot(q, u - S[:, None])
+        if target.ids is not None:
+            log_prob[target.ids == IGNORED] = 0
+        return Rows(loss, M, S, d, A, S - _dot(p, u), log_prob, z.argmax(axis=1))
 
+    @_quiet
     def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
         for a, b in _cuts(logits):
             here = Rows(*(None if field is None else field[a:b] for field in rows))
@@ -112,14 +119,13 @@ class NumpyBackend:
         z, slope = _final_logits(logits, target)
         _, y, m = _target_rows(z, target)
         M, S, A = rows.row_max, rows.log_sum, rows.mass
-        with np.errstate(invalid="ignore", over="ignore"):
-            p = np.exp(z - M[:, None] - S[:, None])
-            grad = A[:, None] * p - y  # ∂L/∂z = (A·p − y) + 2λ·m·(M + S)·p
-            if target.z_loss:
-                grad += (2 * target.z_loss * m * (M + S))[:, None] * p
-            grad *= row_scale[:, None]
-            if slope is not None:
-                grad *= slope
+        p = np.exp(z - M[:, None] - S[:, None])
+        grad = A[:, None] * p - y  # ∂L/∂z = (A·p − y) + 2λ·m·(M + S)·p
+        if target.z_loss:
+            grad += (2 * target.z_loss * m * (M + S))[:, None] * p
+        grad *= row_scale[:, None]
+        if slope is not None:
+            grad *= slope
         if target.ids is not None:
             grad[target.ids == IGNORED] = 0
         out[...] = grad
