@@ -91,7 +91,8 @@ def cross_entropy(
             + np.abs(_dot(np.abs(y), u))
             + (z_loss * m * size**2 if z_loss else 0)
         )
-        grad_scale = (np.abs(A) + 2 * z_loss * m * size)[:, None] * (p * (1 + wobble) + FLUSHED) + np.abs(y)
+        pull = (np.abs(A) + 2 * z_loss * m * size)[:, None]
+        grad_scale = pull * (p * (1 + wobble) + FLUSHED) + FLUSHED + np.abs(y)  # p, and what it is multiplied with
         row_scale = 1 + size + _dot(p + np.abs(q), np.abs(u)) + np.abs(q).sum(axis=1) * S + capped
 
         # a sum of C terms, added one after the other, is off by some √C roundings
