@@ -80,8 +80,8 @@ MUTANTS = [
     Mutant(
         "ignored row counted by the mean",
         KERNELS,
-        "total += m",
-        "total += 1.0",
+        "clean[n] = IGNORED",
+        "clean[n], count = IGNORED, count + 1",
         "test_laws.py:mean_divides_by_the_weights or micro_batches",
     ),
     Mutant(
