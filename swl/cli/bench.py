@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from swl.cli.common import Refused, at_least, check_outputs, refused_data
+from swl.cli.common import JSON, Refused, add_flags, at_least, check_outputs, refused_data
 from swl.demos.data import require
 
 __all__ = ["add"]
@@ -25,10 +25,11 @@ def add(commands: Any) -> None:
         "--rounds", type=at_least(int, 1), default=3, metavar="N", help="blocks of each contender (%(default)s)"
     )
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the time per logit over the classes instead")
+    add_flags(bench, JSON)
     bench.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the groups that were asked for, and print a table of each."""
     from swl import bench
 
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
             require("matplotlib", "--plot")
         bench.plot(options.plot, options.rounds)
         print(f"picture in {options.plot}")
-        return 0
+        return {"picture": str(options.plot)}
     groups = bench.GROUPS if options.groups == ["all"] else options.groups or ("losses", "forward")
     unknown = sorted(set(groups) - set(bench.GROUPS))
     if unknown:
@@ -50,4 +51,9 @@ def run(options: argparse.Namespace) -> int:
             print(f"{case.group}: {case.title}", file=sys.stderr)
     print("Milliseconds, and in brackets as a multiple of swl's own.\n")
     print(bench.table(results))
-    return 0
+    return {
+        "unit": "seconds per call",
+        "cases": [
+            {"group": case.group, "title": case.title, "own": case.own, "times": times} for case, times in results
+        ],
+    }

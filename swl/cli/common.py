@@ -19,6 +19,8 @@ from swl.distributed.comm import launched
 __all__ = [
     "BACKEND",
     "DISTRIBUTED",
+    "JSON",
+    "PROGRESS",
     "Refused",
     "add_flags",
     "add_settings",
@@ -26,6 +28,7 @@ __all__ = [
     "at_least",
     "check_backend",
     "check_outputs",
+    "memory",
     "mib",
     "print_ranks",
     "settings_of",
@@ -67,8 +70,20 @@ BACKEND: Flag = "backend", {
 }  # fmt: skip
 DISTRIBUTED: tuple[Flag, ...] = (
     _number("class_parallel", int, 1, "spread the classes over N ranks of mpiexec; the others share the rows"),
-    ("checkpoint", {"type": Path, "metavar": "FOLDER", "help": "save after each epoch, and go on from the last one"}),
+    (
+        "checkpoint",
+        {
+            "type": Path,
+            "metavar": "FOLDER",
+            "help": "save after each epoch, and go on from the last one; --epochs may be raised",
+        },
+    ),
 )
+JSON: Flag = "json", {"action": "store_true", "help": "print the results as JSON instead"}
+PROGRESS: Flag = "progress", {
+    "action": argparse.BooleanOptionalAction,
+    "help": "show a progress bar; by default on a terminal, if tqdm is installed",
+}  # fmt: skip
 _SETTINGS = dict(
     [
         _number("hidden", int, 1, "units of the hidden layer"),
@@ -122,35 +137,47 @@ def check_backend(options: argparse.Namespace) -> str:
     return name
 
 
-def check_outputs(picture: Path | None, parameters: Path | None = None) -> None:
+def check_outputs(picture: Path | None, parameters: Path | None = None, checkpoints: Path | None = None) -> None:
     """Refuse before the work what could not be written after it."""
     for path in (picture, parameters):
         if path is not None and path.is_dir():
             raise Refused(f"cannot write {path}: it is a folder")
-        if path is not None and not os.access(path.parent, os.W_OK):
+        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             raise Refused(f"cannot write {path}: {path.parent} is not a folder that can be written to")
+    if checkpoints is not None:
+        there = next(path for path in (checkpoints.absolute(), *checkpoints.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise Refused(f"cannot write {checkpoints}: {there} is not a folder that can be written to")
     if picture is not None and picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise Refused(f"--plot FILE must end in .png, .svg or .pdf, got {picture}")
     if parameters is not None and parameters.suffix != ".npz":
         raise Refused(f"--save FILE must end in .npz, got {parameters}")
 
 
-def mib(n_bytes: int) -> str:
+def memory() -> float:
+    """Return the bytes of memory of this machine; infinity where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
+def mib(n_bytes: float) -> str:
     """Write bytes as mebibytes."""
-    return f"{n_bytes / 2**20:.0f} MiB"
+    return f"{n_bytes / 2**20:,.0f} MiB"
 
 
 # ------------------------------------------------------------------------------------------------ ranks
 
 
 def alone_or_on_ranks(
-    options: argparse.Namespace, prepare: Callable[[Any], Any], work: Callable[[Any, distributed.Grid | None], int]
-) -> int:
+    options: argparse.Namespace, prepare: Callable[[Any], Any], work: Callable[[Any, distributed.Grid | None], Any]
+) -> Any:
     """Prepare and work in this process alone, or on the ranks of mpiexec, for which rank 0 speaks.
 
     What is wrong on one rank is found by `prepare`, without help of the others; `work` is refused by all or none.
     """
-    if not hasattr(options, "class_parallel") and not hasattr(options, "checkpoint") and not launched():
+    if getattr(options, "class_parallel", 1) == 1 and not launched():  # without MPI, too
         return work(prepare(None), None)
     with distributed.run() as comm, contextlib.ExitStack() as stack:
         if comm.rank:
@@ -161,14 +188,15 @@ def alone_or_on_ranks(
         try:
             grid = distributed.Grid.of(comm, getattr(options, "class_parallel", 1))
             prepared = prepare(comm)
-        except (Refused, ValueError, swl.BackendUnavailable) as error:
+        except (Refused, ValueError, OSError, MemoryError, swl.BackendUnavailable) as error:
             refusal = str(error)
         found = next((text for text in comm.allgather(refusal) if text is not None), None)
         if found is None:
             with swl.use_backend(getattr(options, "backend", None) or active()):
                 distributed.own_device(comm)
             try:
-                return work(prepared, grid)
+                result = work(prepared, grid)
+                return result if comm.rank == 0 else 0
             except Refused as error:  # by all ranks
                 found = str(error)
         print(f"swl: {found}", file=sys.stderr)

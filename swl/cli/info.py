@@ -16,7 +16,7 @@ import numpy as np
 import swl
 from swl.backends import active, get
 from swl.backends.host.memory import MEMORY
-from swl.cli.common import mib
+from swl.cli.common import JSON, add_flags, mib
 
 __all__ = ["add", "kernel_cache"]
 
@@ -24,16 +24,34 @@ __all__ = ["add", "kernel_cache"]
 def add(commands: Any) -> None:
     """Add the command."""
     info = commands.add_parser("info", help="versions, backends and why each is or is not usable", allow_abbrev=False)
+    add_flags(info, JSON)
     info.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     """Print what is installed and what can be used."""
-    for title, lines in (("versions", _versions()), ("backends", _backends()), ("BLAS", _blas()), ("Numba", _numba())):
+    sections = {"versions": _versions, "backends": _backends, "BLAS": _blas, "Numba": _numba}
+    said = {title: list(lines()) for title, lines in sections.items()}
+    for title, lines in said.items():
         print(title)
         for name, value in lines:
             print(f"  {name:<16}{value}")
-    return 0
+    return {
+        "versions": dict(said["versions"]),
+        "backends": [info._asdict() for info in swl.available_backends()],
+        "active": _active(),
+        "blas": dict(said["BLAS"]),
+        "kernel_cache": kernel_cache(),
+        "memory": {**swl.memory_use()._asdict(), "limit": MEMORY.limit},
+    }
+
+
+def _active() -> str | None:
+    """Name the active backend; None if the environment asks for none that there is."""
+    try:
+        return active()
+    except ValueError:
+        return None
 
 
 def _versions() -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,15 @@ from swl import distributed
 from swl.cli.common import (
     BACKEND,
     DISTRIBUTED,
+    JSON,
+    PROGRESS,
     Refused,
     add_flags,
     add_settings,
     alone_or_on_ranks,
     at_least,
     check_backend,
+    check_outputs,
     mib,
     print_ranks,
     refused_data,
@@ -48,11 +51,11 @@ def add(datasets: Any) -> None:
     add_flags(parser, BACKEND)
     add_settings(parser, text.Settings)
     parser.add_argument("--limit", type=at_least(int, 1), metavar="N", help="use only about the first N words")
-    add_flags(parser, *DISTRIBUTED)
+    add_flags(parser, *DISTRIBUTED, JSON, PROGRESS)
     parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Any:
     """Train in a process of its own for each head, or on the ranks of mpiexec."""
     for name in ("data", "scale", "plot", "save"):  # given before the word text, where they mean something
         if hasattr(options, name):
@@ -63,14 +66,19 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace, comm: Any) -> None:
     if comm is not None and options.head not in (None, "fused"):
         raise Refused(f"--head {options.head}: over ranks there is only the fused head, of which each has a part")
+    if comm is None and hasattr(options, "checkpoint") and options.head not in (None, "fused"):
+        raise Refused("--checkpoint needs --head fused: two heads are trained one after the other, and compared")
+    check_outputs(None, None, getattr(options, "checkpoint", None))
     check_backend(options)
-    with refused_data():
-        require("tqdm", "the progress bar of swl train")
+    if getattr(options, "progress", False):
+        with refused_data():
+            require("tqdm", "--progress")
 
 
-def _train(options: argparse.Namespace, grid: distributed.Grid | None) -> int:
+def _train(options: argparse.Namespace, grid: distributed.Grid | None) -> dict[str, Any] | None:
     settings, backend = settings_of(options, text.Settings), check_backend(options)
-    chosen = options.head or ("both" if grid is None else "fused")
+    apart = grid is None and not hasattr(options, "checkpoint")
+    chosen = options.head or ("both" if apart else "fused")
     heads = ("fused", "unfused") if chosen == "both" else (chosen,)
     results = {}
 
@@ -83,12 +91,12 @@ def _train(options: argparse.Namespace, grid: distributed.Grid | None) -> int:
         print(f"backend {backend}, {settings.dtype}; text: {sizes}, {len(words.vocabulary):,} distinct", flush=True)
         print_ranks(grid)
         for head in heads:
-            if grid is None:
-                found = text.train_apart(words, settings, head, backend)
+            if apart:
+                found = text.train_apart(words, settings, head, backend, getattr(options, "progress", None))
                 for number, loss in enumerate(found.history, 1):
                     _print_epoch(number, loss)
             else:
-                found = _train_on_ranks(words, settings, getattr(options, "checkpoint", None), backend, grid)
+                found = _train_here(words, settings, options, backend, grid)
             results[head] = found
             print(
                 f"{head:<8}perplexity {found.perplexity:.2f}  {found.tokens_per_second:,.0f} tokens/s  "
@@ -101,28 +109,42 @@ def _train(options: argparse.Namespace, grid: distributed.Grid | None) -> int:
         print(f"peak memory {peaks}; the logits of a batch are {mib(logits)}")
     unigram = text.unigram_perplexity(words, settings.context)
     print(f"test perplexity {results[heads[0]].perplexity:.1f}, of the unigram baseline {unigram:.1f}")
-    return 0
+    return {
+        "backend": backend,
+        "words": {"train": len(words.train), "held_out": len(words.held_out), "distinct": len(words.vocabulary)},
+        "settings": settings._asdict(),
+        "heads": {head: found._asdict() for head, found in results.items()},
+        "unigram_perplexity": unigram,
+    }
 
 
-def _train_on_ranks(
-    words: text.Corpus, settings: text.Settings, folder: Path | None, backend: str, grid: distributed.Grid
+def _train_here(
+    words: text.Corpus,
+    settings: text.Settings,
+    options: argparse.Namespace,
+    backend: str,
+    grid: distributed.Grid | None,
 ) -> text.Result:
-    """Train the fused head; the memory is that of the rank that had most."""
-    leads = grid.world.rank == 0
-    with swl.use_backend(backend), train.progress(text.steps(words.train, settings), "fused", leads) as on_step:
+    """Train the fused head in this process, or on all ranks; the memory is that of the rank that had most."""
+    leads, folder = grid is None or grid.world.rank == 0, getattr(options, "checkpoint", None)
+    shown = getattr(options, "progress", None) if leads else False
+    with swl.use_backend(backend), train.Progress(shown, "fused") as progress:
+        progress.start(text.steps(words.train, settings))
         found = text.train(
             words.train,
             words.held_out,
             len(words.vocabulary),
             settings,
-            on_step=on_step,
-            on_epoch=_print_epoch,
+            on_step=progress.step,
+            on_epoch=lambda number, loss: _print_epoch(number, loss, progress.print),
             grid=grid,
             checkpoints=None if folder is None else distributed.Checkpoints(folder, grid),
         )
+    if grid is None:
+        return found
     peak, before = gather_numbers(grid.world, found.peak, found.before).max(axis=0)
     return found._replace(peak=int(peak), before=int(before))
 
 
-def _print_epoch(number: int, loss: float) -> None:
-    require("tqdm", "the progress bar of swl train").tqdm.write(f"epoch {number:3}  loss {loss:.8f}")
+def _print_epoch(number: int, loss: float, say: Callable[[str], None] = print) -> None:
+    say(f"epoch {number:3}  loss {loss:.8f}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import swl
 from swl import distributed
@@ -15,11 +16,16 @@ from swl.cli import text
 from swl.cli.common import (
     BACKEND,
     DISTRIBUTED,
+    JSON,
+    PROGRESS,
+    Refused,
     add_flags,
     add_settings,
     alone_or_on_ranks,
     check_backend,
     check_outputs,
+    memory,
+    mib,
     print_ranks,
     refused_data,
     settings_of,
@@ -54,6 +60,8 @@ def add(commands: Any) -> None:
         add_flags(
             parser,
             *DISTRIBUTED,
+            JSON,
+            PROGRESS,
             ("plot", {"type": Path, "metavar": "FILE", "help": "save a picture of loss and accuracy"}),
             ("save", {"type": Path, "metavar": "FILE", "help": "save the parameters, as .npz"}),
         )
@@ -70,55 +78,62 @@ def add(commands: Any) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> Any:
     """Train alone, or on the ranks of mpiexec."""
     return alone_or_on_ranks(
         options, lambda comm: _prepare(options), lambda prepared, grid: _train(prepared, options, grid)
     )
 
 
-def _prepare(options: argparse.Namespace) -> tuple[datasets.Data, Settings, Any]:
+def _prepare(options: argparse.Namespace) -> tuple[datasets.Data, Settings]:
     """Check what can be checked, and load the data."""
     picture = getattr(options, "plot", None)
-    check_outputs(picture, getattr(options, "save", None))
+    check_outputs(picture, getattr(options, "save", None), getattr(options, "checkpoint", None))
     with refused_data():
-        tqdm = datasets.require("tqdm", "the progress bar of swl train").tqdm
+        if getattr(options, "progress", False):
+            datasets.require("tqdm", "--progress")
         if picture is not None:
             datasets.require("matplotlib", "--plot")
         data = datasets.from_file(options.data) if hasattr(options, "data") else datasets.digits()
     check_backend(options)
-    return data, settings_of(options, Settings), tqdm
+    settings = settings_of(options, Settings)
+    parameters = (data.x.shape[1] + 1) * settings.hidden + (settings.hidden + 1) * data.n_classes
+    needed, there = 4 * parameters * np.dtype(settings.dtype).itemsize, memory()  # parameter, gradient, two moments
+    if needed > there:
+        raise Refused(
+            f"--hidden {settings.hidden} and {data.n_classes} classes need {mib(needed)} for parameters and optimiser, "
+            f"this machine has {mib(there)}"
+        )
+    return data, settings
 
 
 def _train(
-    prepared: tuple[datasets.Data, Settings, Any], options: argparse.Namespace, grid: distributed.Grid | None
-) -> int:
-    data, settings, tqdm = prepared
+    prepared: tuple[datasets.Data, Settings], options: argparse.Namespace, grid: distributed.Grid | None
+) -> dict[str, Any] | None:
+    data, settings = prepared
     (N, D), leads = data.x.shape, grid is None or grid.world.rank == 0
-    checkpoints = None
-    if grid is not None and hasattr(options, "checkpoint"):
-        checkpoints = distributed.Checkpoints(options.checkpoint, grid)
+    checkpoints = distributed.Checkpoints(options.checkpoint, grid) if hasattr(options, "checkpoint") else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(swl.use_backend(check_backend(options)))
         name = active()
         print(f"backend {name}, {settings.dtype}; {data.name}: {N} rows of {D} numbers, {data.n_classes} classes")
         print_ranks(grid)
-        bar = stack.enter_context(tqdm(unit="step", file=sys.stderr, leave=False, disable=not leads))
+        progress = stack.enter_context(training.Progress(getattr(options, "progress", None) if leads else False))
 
         def on_start(net: swl.Sequential, report: GradientReport, steps: int) -> None:
-            bar.reset(total=steps)
-            tqdm.write(f"{net!r}")
-            tqdm.write(f"gradients checked: worst relative error {report.worst:.1e}, tolerance {report.tol:.0e}")
+            progress.start(steps)
+            progress.print(f"{net!r}")
+            progress.print(f"gradients checked: worst relative error {report.worst:.1e}, tolerance {report.tol:.0e}")
 
         def on_epoch(number: int, epoch: training.Epoch) -> None:
-            tqdm.write(f"epoch {number:3}  loss {epoch.loss:.8f}  validation accuracy {epoch.validation:.4f}")
+            progress.print(f"epoch {number:3}  loss {epoch.loss:.8f}  validation accuracy {epoch.validation:.4f}")
 
         stack.enter_context(refused_data())  # a checkpoint of another run
         result = training.train(
             data,
             settings,
             on_start=on_start,
-            on_step=lambda loss: bar.update(),
+            on_step=progress.step,
             on_epoch=on_epoch,
             grid=grid,
             checkpoints=checkpoints,
@@ -131,4 +146,11 @@ def _train(
         training.save(options.save, result.net)
         print(f"parameters in {options.save}")
     print(f"test accuracy {result.test_accuracy:.4f}")
-    return 0
+    return {
+        "backend": name,
+        "data": {"name": data.name, "rows": N, "inputs": D, "classes": data.n_classes},
+        "settings": settings._asdict(),
+        "epochs": [{"epoch": i, **epoch._asdict()} for i, epoch in enumerate(result.history, 1)],
+        "rows_per_second": result.rows_per_second,
+        "test_accuracy": result.test_accuracy,
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +40,8 @@ class Split(NamedTuple):
     test: Part
 
 
+MOST_CLASSES = 10_000_000
+"""Classes of a file: an id beyond is taken for an error, since a network has weights for every id below the largest."""
 _PACKAGES = {"sklearn": "scikit-learn"}
 
 
@@ -84,35 +85,43 @@ def from_file(path: Path) -> Data:
         raise DataError(f"{path}: there is no such file") from None
     except DataError:
         raise
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-    ) as error:  # also an object array, which would need pickle
-        raise DataError(f"{path} is not an .npz file that can be read: {error}") from None
+    except Exception as error:  # NumPy and zipfile raise many kinds; an object array would need pickle
+        raise DataError(f"{path} is not an .npz file that can be read: {_one_line(error)}") from None
     return checked(str(path), x, t)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def checked(name: str, x: Any, t: Any) -> Data:
     """Check arrays from outside."""
+    for argument, array in (("x", x), ("t", t)):
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"{name}: {argument} must be an array, got {type(array).__name__}")
     if x.ndim < 2 or x.dtype.kind not in "iubf":
         raise DataError(f"{name}: x must be numbers of shape (N, ...), got {x.dtype} of shape {x.shape}")
-    x = x.reshape(len(x), -1).astype(np.float64)
-    if len(x) < 10 or x.shape[1] < 1:
+    if len(x) < 10 or not x.size:
         raise DataError(f"{name}: x must have at least 10 rows and a column, got shape {x.shape}")
+    x = x.reshape(len(x), -1).astype(np.float64)
     if not np.isfinite(x).all():
         raise DataError(f"{name}: x must be finite, but row {int(np.argwhere(~np.isfinite(x))[0, 0])} is not")
     if t.shape[:1] != x.shape[:1] or t.ndim not in (1, 2):
         raise DataError(f"{name}: t must have shape ({len(x)},) or ({len(x)}, C) for the rows of x, got {t.shape}")
     if t.ndim == 2:
-        if t.dtype.kind not in "iubf" or not (t.sum(axis=1) > 0).all():
+        if t.shape[1] == 1:
+            raise DataError(f"{name}: t of class ids must have shape ({len(x)},), got {t.shape}: t.reshape(-1) has it")
+        if t.dtype.kind not in "iubf" or not (np.isfinite(t).all() and (t >= 0).all() and (t.sum(axis=1) > 0).all()):
             raise DataError(f"{name}: t of shape {t.shape} must hold probabilities or one-hot rows")
         return Data(name, x, t, t.shape[1], "each")
     if t.dtype.kind not in "iu":
         raise DataError(f"{name}: t of class ids must be of an integer dtype, got {t.dtype}")
     if t.min() < 0:
         raise DataError(f"{name}: class ids must be 0, 1, ..., got {int(t.min())} in row {int(t.argmin())}")
+    if t.max() >= MOST_CLASSES:
+        raise DataError(
+            f"{name}: class ids must be below {MOST_CLASSES:,}, got {int(t.max())} in row {int(t.argmax())}"
+        )
     return Data(name, x, t, int(t.max()) + 1, "each")
 
 

@@ -7,15 +7,17 @@ the words that there are. So nearly all memory is in the logits, which the fused
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import sysconfig
-import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ import numpy as np
 
 import swl
 from swl.demos.data import DataError
-from swl.demos.train import fit, progress
+from swl.demos.train import Progress, fit
 from swl.distributed import Checkpoints, Grid
 from swl.distributed.comm import gather_numbers
 from swl.distributed.training import rows_here, spread
@@ -36,7 +38,6 @@ __all__ = [
     "Settings",
     "corpus",
     "documents",
-    "progress",
     "train",
     "train_apart",
     "unigram_perplexity",
@@ -280,38 +281,60 @@ def peak_memory() -> int:
 # ------------------------------------------------------------------------------------------------ a process of its own
 
 
-def train_apart(text: Corpus, settings: Settings, head: str, backend: str) -> Result:
+def train_apart(text: Corpus, settings: Settings, head: str, backend: str, progress: bool | None = None) -> Result:
     """Run `train` in a process of its own, whose peak memory is that of the training alone; the bar goes to stderr.
+
+    That process ends with this one, however this one ends.
 
     Raises
     ------
     DataError
         If the process failed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "corpus.npz"
-        np.savez(path, train=text.train, held_out=text.held_out)
-        job = {
-            "path": str(path),
-            "n_words": len(text.vocabulary),
-            "settings": settings,
-            "head": head,
-            "backend": backend,
-        }
-        run = subprocess.run(
-            [sys.executable, "-m", "swl.demos.text", json.dumps(job)], stdout=subprocess.PIPE, text=True
-        )
+    job = {
+        "words": [len(text.train), len(text.held_out)],
+        "n_words": len(text.vocabulary),
+        "settings": settings,
+        "head": head,
+        "backend": backend,
+        "progress": progress,
+    }
+    command = [sys.executable, "-m", "swl.demos.text", json.dumps(job)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it failed, as its status says
+                for words in (text.train, text.held_out):
+                    run.stdin.write(words.tobytes())
+                run.stdin.flush()
+            said = run.stdout.read()  # its stdin stays open until it has ended
+        except BaseException:
+            run.kill()
+            raise
     if run.returncode:
         raise DataError(f"training with the {head} head failed with status {run.returncode}")
-    return Result(**json.loads(run.stdout))
+    return Result(**json.loads(said))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has gone: nobody then holds the other end of stdin."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _child(job: dict[str, Any]) -> None:
-    with np.load(job["path"]) as file:
-        train_ids, held_out = file["train"], file["held_out"]
+    train_ids, held_out = (np.frombuffer(sys.stdin.buffer.read(4 * words), np.int32) for words in job["words"])
+    _end_with_parent()
     settings, head = Settings(*job["settings"]), job["head"]
-    with swl.use_backend(job["backend"]), progress(steps(train_ids, settings), head) as on_step:
-        result = train(train_ids, held_out, job["n_words"], settings, head, on_step)
+    with swl.use_backend(job["backend"]), Progress(job["progress"], head) as progress:
+        progress.start(steps(train_ids, settings))
+        result = train(train_ids, held_out, job["n_words"], settings, head, progress.step)
     print(json.dumps(result._asdict()))
 
 

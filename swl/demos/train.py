@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +14,12 @@ import numpy as np
 import swl
 from swl.demos.data import Data, DataError, Part, require, split
 from swl.distributed import Checkpoints, Grid
+from swl.distributed.checkpoint import write_whole
 from swl.distributed.training import accuracy as spread_accuracy
 from swl.distributed.training import collect, rows_here, spread
 from swl.nn.gradcheck import GradientReport
 
-__all__ = ["Epoch", "Result", "Settings", "fit", "plot", "progress", "save", "train"]
+__all__ = ["Epoch", "Progress", "Result", "Settings", "fit", "plot", "save", "train"]
 
 
 class Settings(NamedTuple):
@@ -167,7 +166,7 @@ def fit(
     rows : int
         Rows in all.
     settings : NamedTuple
-        With `epochs`, `batch_size` and `lr`; a checkpoint is of a run with the same settings.
+        With `epochs`, `batch_size` and `lr`; a checkpoint is of a run with the same settings, but for `epochs`.
     rng : numpy.random.Generator
         Of the order of the rows: in the same state on all ranks.
     after : callable
@@ -191,7 +190,7 @@ def fit(
     swl.demos.data.DataError
         If the last checkpoint is of a run with other settings or data, or damaged.
     """
-    run = {"settings": list(settings), "rows": rows}
+    run = {"settings": {name: value for name, value in settings._asdict().items() if name != "epochs"}, "rows": rows}
     history: list[Any] = []
     if checkpoints is not None:
         try:
@@ -223,18 +222,57 @@ def fit(
     return history, trained / seconds if trained else 0.0
 
 
-@contextlib.contextmanager
-def progress(steps: int, name: str, shown: bool = True) -> Iterator[Callable[[Any], None]]:
-    """Show a bar on stderr; gives what is to be told the loss of each step."""
-    tqdm = require("tqdm", "the progress bar of swl train").tqdm
-    with tqdm(total=steps, unit="step", leave=False, desc=name, disable=not shown) as bar:
+class Progress:
+    """A bar of the steps on stderr, and lines printed above it; without tqdm, or where none is wanted, only the lines.
 
-        def on_step(loss: Any) -> None:
-            if shown and bar.n % 10 == 0:  # a device is waited for only now and then
-                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
-            bar.update()
+    Parameters
+    ----------
+    shown : bool or None
+        Show a bar: by default on a terminal, if tqdm is installed.
+    name : str
+        Before the bar.
 
-        yield on_step
+    Raises
+    ------
+    swl.demos.data.DataError
+        If a bar is asked for and tqdm is not installed.
+    """
+
+    def __init__(self, shown: bool | None = None, name: str | None = None) -> None:
+        self.bar = None
+        if shown or (shown is None and sys.stderr.isatty()):
+            try:
+                tqdm = require("tqdm", "--progress").tqdm
+            except DataError:
+                if shown:
+                    raise
+            else:
+                self.bar = tqdm(unit="step", file=sys.stderr, leave=False, desc=name)
+
+    def start(self, steps: int) -> None:
+        """Begin anew, with this number of steps to come."""
+        if self.bar is not None:
+            self.bar.reset(total=steps)
+
+    def step(self, loss: Any) -> None:
+        """Move on by a step."""
+        if self.bar is not None:
+            if self.bar.n % 10 == 0:  # a device is waited for only now and then
+                self.bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+            self.bar.update()
+
+    def print(self, line: str) -> None:
+        """Print a line to standard output, above the bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(line, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def accuracy(net: Any, part: Part, grid: Grid | None = None) -> float:
@@ -264,7 +302,7 @@ def _absorb(net: swl.Sequential, shift: Any, scale: Any) -> None:
 
 def save(path: Path, net: swl.Sequential) -> None:
     """Save the parameters as an ``.npz`` file: all of it or nothing, if interrupted."""
-    _write(path, lambda file: np.savez(file, **net.state_dict()))
+    write_whole(path, lambda file: np.savez(file, **net.state_dict()))
 
 
 def plot(path: Path, result: Result, title: str) -> None:
@@ -281,19 +319,4 @@ def plot(path: Path, result: Result, title: str) -> None:
     right.legend()
     figure.suptitle(title)
     kind = path.suffix[1:] or "png"
-    _write(path, lambda file: figure.savefig(file, format=kind, dpi=150))
-
-
-def _write(path: Path, write: Callable[[Any], object]) -> None:
-    """Write a file beside `path`, then rename it."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a result is an ordinary file
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_whole(path, lambda file: figure.savefig(file, format=kind, dpi=150))

@@ -2,14 +2,17 @@
 
 A checkpoint is a folder ``step-00000012`` with a file per writing rank and ``manifest.json``. Files are written under
 another name and renamed; the manifest, with their sizes and checksums, only once all of them are on disk. So it is
-complete or has no manifest, at whatever moment a run is killed; the one before is deleted only after that.
+complete or has no manifest, at whatever moment a run is killed; the one before is deleted only after that. What a killed
+run left half written is deleted by the next `save`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,12 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.backends import scope
-from swl.distributed.comm import Grid, agree, as_numpy
+from swl.distributed.comm import Alone, Grid, agree, as_numpy, from_rank_0
 from swl.ops.arrays import beside
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "write_whole"]
 
 MANIFEST = "manifest.json"
+PASSED_OVER = "is used instead"  # how the warning of a damaged checkpoint ends
+
+
+class Damaged(ValueError):  # noqa: N818 - `save` and `load` never let it out
+    """A checkpoint's files are not what its manifest says."""
 
 
 class _Place(NamedTuple):
@@ -41,8 +49,9 @@ class Checkpoints:
     ----------
     folder : path
         Made if it is not there.
-    grid : Grid
-        How the ranks are arranged; they may be arranged otherwise, or be more or fewer, when a checkpoint is loaded.
+    grid : Grid, optional
+        How the ranks are arranged; they may be arranged otherwise, or be more or fewer, when a checkpoint is loaded. Without
+        it this process is alone, and MPI is not needed.
     keep : int
         Complete checkpoints that are kept; older ones are deleted.
 
@@ -57,8 +66,8 @@ class Checkpoints:
     >>> from swl import distributed
     >>> net = swl.Sequential(swl.Affine.init(4, 2, rng=0), swl.SoftmaxWithLoss())
     >>> optimizer = swl.SGD()
-    >>> with tempfile.TemporaryDirectory() as folder, distributed.run() as comm:
-    ...     checkpoints = distributed.Checkpoints(folder, distributed.Grid.of(comm, class_parallel=1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     checkpoints = distributed.Checkpoints(folder)
     ...     print(checkpoints.load(net, optimizer))
     ...     checkpoints.save(12, net, optimizer, {"epoch": 3})
     ...     checkpoints.load(net, optimizer)
@@ -66,10 +75,13 @@ class Checkpoints:
     (12, {'epoch': 3})
     """
 
-    def __init__(self, folder: str | Path, grid: Grid, *, keep: int = 2) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
-        self.folder, self.grid, self.keep = Path(folder), grid, keep
+    def __init__(self, folder: str | Path, grid: Grid | None = None, *, keep: int = 2) -> None:
+        if not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"keep must be an integer of at least 1, got {keep!r}")
+        self.folder, self.grid, self.keep = Path(folder), grid or Grid(Alone(), Alone(), Alone()), keep
+
+    def __repr__(self) -> str:
+        return f"Checkpoints({str(self.folder)!r}, keep={self.keep})"
 
     def save(self, step: int, net: Any, optimizer: Any, extra: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint; all ranks call it together, after the same step.
@@ -104,7 +116,7 @@ class Checkpoints:
             if arrays:
                 name = f"rank-{world.rank:05}.npz"
                 values = {key: as_numpy(value) for key, (value, _) in arrays.items()}
-                _write(target / name, lambda file: np.savez(file, **values))
+                write_whole(target / name, lambda file: np.savez(file, **values))
                 data = (target / name).read_bytes()
                 places = {
                     key: (*place, str(value.dtype), 1 if place.axis is None else value.shape[place.axis])
@@ -119,10 +131,9 @@ class Checkpoints:
         def write_manifest() -> str:
             if world.rank == 0:
                 state = {"step": step, "optimizer_steps": optimizer.steps, "extra": extra or {}, "shards": shards}
-                _write(target / MANIFEST, lambda file: file.write(json.dumps(state, indent=1).encode()))
-                for old in [path for path, _ in _complete(self.folder)][: -self.keep]:
-                    (old / MANIFEST).unlink()  # first, or a half-deleted folder would look complete
-                    shutil.rmtree(old)
+                state["crc32"] = _checksum(state)
+                write_whole(target / MANIFEST, lambda file: file.write(json.dumps(state, indent=1).encode()))
+                self._tidy(target, {MANIFEST, *(shard["name"] for shard in shards)})
             return ""
 
         agree(world, "Checkpoints.save", write_manifest)
@@ -130,14 +141,17 @@ class Checkpoints:
     def load(
         self, net: Any, optimizer: Any, expect: Mapping[str, Any] | None = None
     ) -> tuple[int, dict[str, Any]] | None:
-        """Bring network and optimiser to the state of the last complete checkpoint.
+        """Bring network and optimiser to the state of the last complete checkpoint that is whole.
+
+        A damaged one is named in a RuntimeWarning, and the one before it is taken.
 
         Parameters
         ----------
         net, optimizer
             As for `save`: of the same names, shapes and dtypes over all ranks, whatever the shards.
         expect : mapping, optional
-            What `extra` must hold, so that a run does not go on from another one's checkpoint.
+            What `extra` must hold, so that a run does not go on from another one's checkpoint. Of a mapping within it,
+            only the keys given here are compared.
 
         Returns
         -------
@@ -147,72 +161,129 @@ class Checkpoints:
         Raises
         ------
         ValueError
-            If the checkpoint is of another run or network, or a file is damaged.
+            If the checkpoint is of another run or network, or all checkpoints are damaged.
         RuntimeError
             If another rank could not load.
         """
-        found: list[Any] = []
+        world, damaged = self.grid.world, []
+        for path in from_rank_0(world, lambda: _complete(self.folder)):
+            state, damage = {}, None
+            try:
+                state = _verified(path, net)
+            except Damaged as error:
+                damage = str(error)
+            damage = next((text for text in world.allgather(damage) if text is not None), None)
+            if damage is None:
+                break
+            damaged.append(damage)
+        else:
+            if damaged:
+                raise ValueError(f"no checkpoint in {self.folder} can be used: {'; '.join(damaged)}")
+            return None
 
         def read() -> str:
-            complete = _complete(self.folder)
-            if complete:
-                path, state = complete[-1]
-                found.append(state)
-                for name, value in (expect or {}).items():
-                    if (saved := state["extra"].get(name)) != value:
-                        raise ValueError(f"{path} is of another run: its {name} is {saved}, expected is {value}")
-                self._read(path, state, net, optimizer)
-                return f"step {state['step']}"
-            return "no checkpoint"
+            _compare(path, state["extra"], expect or {})
+            _read(path, state, net, optimizer)
+            return f"step {state['step']}"
 
-        agree(self.grid.world, "Checkpoints.load", read)
-        return (found[0]["step"], found[0]["extra"]) if found else None
+        agree(world, "Checkpoints.load", read)
+        for text in damaged if world.rank == 0 else ():
+            warnings.warn(f"{text}; {path} {PASSED_OVER}", RuntimeWarning, stacklevel=2)
+        return state["step"], state["extra"]
 
     def _writes(self, place: _Place) -> bool:
         """Tell whether this rank writes an array: one rank for the whole ones, one row of the grid for shards."""
         return bool(self.grid.data.rank == 0 if place.axis is not None else self.grid.world.rank == 0)
 
-    def _read(self, path: Path, state: dict[str, Any], net: Any, optimizer: Any) -> None:
-        places = _places(net)
-        parameters = net.parameters()
-        values: dict[str, Any] = {}
-        for shard in state["shards"]:
-            wanted = {k: at for k, at in shard["places"].items() if _needed(places, parameters, k, at[0], at[1], at[4])}
-            if not wanted:
-                continue
+    def _tidy(self, target: Path, files: set[str]) -> None:
+        """Delete what is older than the checkpoints that are kept, and what killed runs left half written."""
+        complete = _complete(self.folder)
+        for path in _steps(self.folder):
+            if path not in complete[: self.keep] and path != target:
+                (path / MANIFEST).unlink(missing_ok=True)  # first, or a half-deleted folder would look complete
+                shutil.rmtree(path)
+        for path in target.iterdir():
+            if path.name not in files:
+                path.unlink()
+
+
+def _compare(path: Path, extra: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
+    """Raise the ValueError that names what `extra` has otherwise than `expect`."""
+    for name, value in expect.items():
+        saved = extra.get(name)
+        if isinstance(value, Mapping) and isinstance(saved, Mapping):
+            _compare(path, saved, value)
+        elif saved != value:
+            raise ValueError(f"{path} is of another run: its {name} is {saved}, expected is {value}")
+
+
+def _checksum(state: Mapping[str, Any]) -> int:
+    """Return the CRC-32 of what a manifest says, its own checksum aside."""
+    said = {key: value for key, value in state.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(said).encode())
+
+
+def _verified(path: Path, net: Any) -> dict[str, Any]:
+    """Read the manifest of a checkpoint, and hold it and the files that are needed here against their checksums."""
+    try:
+        state: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        if state["crc32"] != _checksum(state):
+            raise ValueError("its checksum is not that of its text")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path / MANIFEST} is damaged: {error or type(error).__name__}") from None
+    for shard in _shards(state, net):
+        try:
             data = (path / shard["name"]).read_bytes()
-            if len(data) != shard["bytes"] or zlib.crc32(data) != shard["crc32"]:
-                raise ValueError(f"{path / shard['name']} is damaged: its checksum is not that of the manifest")
-            del data
-            with np.load(path / shard["name"]) as file:
-                for key, (axis, start, total, dtype, _) in wanted.items():
-                    name = key.split(":", 1)[1]
-                    p, mine = parameters[name], places[name]
-                    piece = file[key]
-                    if piece.dtype.kind == "V":  # bfloat16, which a file stores as two nameless bytes
-                        piece = piece.view(p.dtype)
-                    if str(piece.dtype) != dtype or (axis, total) != (mine.axis, mine.total):
-                        raise ValueError(f"{path}: {name!r} is of other size or dtype than the network's")
-                    whole = values.setdefault(key, np.empty(p.shape, piece.dtype))
-                    _copy(whole, mine, piece, start, f"{path}: {name!r}")
-        missing = [name for name in parameters if f"p:{name}" not in values and parameters[name].size]
-        unknown = {key.split(":", 1)[1] for shard in state["shards"] for key in shard["places"]} - parameters.keys()
-        if missing or unknown:
-            raise ValueError(f"{path} is of another network: missing are {missing}, unknown are {sorted(unknown)}")
-        for name, p in parameters.items():
-            if p.size:
-                if values[f"p:{name}"].dtype != p.dtype:
-                    raise ValueError(f"{path}: {name!r} is {values[f'p:{name}'].dtype}, the network's is {p.dtype}")
-                with scope(p=p):
-                    p[...] = beside(p, values[f"p:{name}"])
-        optimizer.steps = state["optimizer_steps"]
-        optimizer.state = {}
-        for name, p in parameters.items():
-            moments: list[Any] = []
-            while (key := f"{len(moments)}:{name}") in values:
-                moments.append(beside(p, values[key]))
-            if moments:
-                optimizer.state[name] = moments
+        except OSError as error:
+            raise Damaged(f"{path / shard['name']} cannot be read: {error.strerror}") from None
+        if len(data) != shard["bytes"] or zlib.crc32(data) != shard["crc32"]:
+            raise Damaged(f"{path / shard['name']} is damaged: its checksum is not that of the manifest")
+    return state
+
+
+def _shards(state: Mapping[str, Any], net: Any) -> Iterator[dict[str, Any]]:
+    """Go through the files that have a part of what is here; their places are those of such parts alone."""
+    places, parameters = _places(net), net.parameters()
+    for shard in state["shards"]:
+        wanted = {k: at for k, at in shard["places"].items() if _needed(places, parameters, k, at[0], at[1], at[4])}
+        if wanted:
+            yield {**shard, "places": wanted}
+
+
+def _read(path: Path, state: Mapping[str, Any], net: Any, optimizer: Any) -> None:
+    """Bring network and optimiser to what a checkpoint says; everything is read and checked before anything is written."""
+    places, parameters = _places(net), net.parameters()
+    values: dict[str, Any] = {}
+    for shard in _shards(state, net):
+        with np.load(path / shard["name"]) as file:
+            for key, (axis, start, total, dtype, _) in shard["places"].items():
+                name = key.split(":", 1)[1]
+                p, piece = parameters[name], file[key]
+                if piece.dtype.kind == "V":  # bfloat16, which a file stores as two nameless bytes
+                    piece = piece.view(p.dtype)
+                if str(piece.dtype) != dtype:
+                    raise ValueError(f"{path}: {name!r} is of another dtype than the network's")
+                whole = values.setdefault(key, np.empty(p.shape, piece.dtype))
+                _copy(whole, places[name], piece, _Place(axis, start, total), f"{path}: {name!r}")
+    missing = [name for name in parameters if f"p:{name}" not in values and parameters[name].size]
+    unknown = {key.split(":", 1)[1] for shard in state["shards"] for key in shard["places"]} - parameters.keys()
+    if missing or unknown:
+        raise ValueError(f"{path} is of another network: missing are {missing}, unknown are {sorted(unknown)}")
+    for name, p in parameters.items():
+        if p.size and values[f"p:{name}"].dtype != p.dtype:
+            raise ValueError(f"{path}: {name!r} is {values[f'p:{name}'].dtype}, the network's is {p.dtype}")
+    for name, p in parameters.items():
+        if p.size:
+            with scope(p=p):
+                p[...] = beside(p, values[f"p:{name}"])
+    optimizer.steps = state["optimizer_steps"]
+    optimizer.state = {}
+    for name, p in parameters.items():
+        moments: list[Any] = []
+        while (key := f"{len(moments)}:{name}") in values:
+            moments.append(beside(p, values[key]))
+        if moments:
+            optimizer.state[name] = moments
 
 
 def _places(net: Any) -> dict[str, _Place]:
@@ -246,36 +317,53 @@ def _needed(
     return start < mine.start + parameters[name].shape[axis] and mine.start < start + size
 
 
-def _copy(whole: Any, mine: _Place, piece: Any, start: int, what: str) -> None:
-    """Copy that part of a piece which lies in the array here."""
-    if mine.axis is None:
-        if piece.shape != whole.shape:
+def _copy(whole: Any, mine: _Place, piece: Any, its: _Place, what: str) -> None:
+    """Copy that part of a piece which lies in the array here; either may be the whole array or a shard of it."""
+    axis = its.axis if mine.axis is None else mine.axis
+    if axis is None or its.axis not in (None, axis) or piece.ndim != whole.ndim:
+        if piece.shape != whole.shape or its.axis != mine.axis:
             raise ValueError(f"{what} has shape {piece.shape}, the network's has {whole.shape}")
         whole[...] = piece
         return
-    stop = start + piece.shape[mine.axis]
-    a, b = max(start, mine.start), min(stop, mine.start + whole.shape[mine.axis])
-    if a < b:
-        lead = (slice(None),) * mine.axis
-        whole[(*lead, slice(a - mine.start, b - mine.start))] = piece[(*lead, slice(a - start, b - start))]
+    total, expected = (
+        array.shape[axis] if place.axis is None else place.total for array, place in ((piece, its), (whole, mine))
+    )
+    aside = [array.shape[:axis] + array.shape[axis + 1 :] for array in (piece, whole)]
+    if total != expected or aside[0] != aside[1]:
+        raise ValueError(f"{what} is of other size than the network's: {total} along axis {axis}, not {expected}")
+    first, last = max(its.start, mine.start), min(its.start + piece.shape[axis], mine.start + whole.shape[axis])
+    if first < last:
+        lead = (slice(None),) * axis
+        whole[(*lead, slice(first - mine.start, last - mine.start))] = piece[
+            (*lead, slice(first - its.start, last - its.start))
+        ]
 
 
-def _complete(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Give the complete checkpoints and their manifests, the oldest first."""
-
-    def each() -> Iterator[tuple[Path, dict[str, Any]]]:
-        for path in sorted(folder.glob("step-*")):
-            if (path / MANIFEST).is_file():
-                yield path, json.loads((path / MANIFEST).read_text())
-
-    return sorted(each(), key=lambda found: int(found[1]["step"]))
+def _steps(folder: Path) -> list[Path]:
+    """Return the folders of checkpoints, the newest first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def _write(path: Path, write: Callable[[Any], object]) -> None:
-    """Write a file under another name, bring it to the disk, then rename it."""
+def _complete(folder: Path) -> list[Path]:
+    """Return those of complete checkpoints, the newest first."""
+    return [path for path in _steps(folder) if (path / MANIFEST).is_file()]
+
+
+def write_whole(path: Path, write: Callable[[Any], object]) -> None:
+    """Write a file under another name, bring it to the disk, then rename it: it is whole, or as it was.
+
+    The other name is always the same, so that a killed run's is overwritten by the next.
+    """
     temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        raise

@@ -25,7 +25,7 @@ from swl.backends.host.threads import POOL
 from swl.distributed.watch import Watcher
 from swl.ops.arrays import to_numpy
 
-__all__ = ["Counted", "Grid", "agree", "in_blocks", "run", "sum_in_order"]
+__all__ = ["Alone", "Counted", "Grid", "agree", "in_blocks", "run", "sum_in_order"]
 
 BLOCK = 4 * 2**20
 """Bytes that are summed at a time: the extra memory of a sum. Larger ones are no faster (docs/scale.md)."""
@@ -124,6 +124,24 @@ class Counted:
         if name in ("allgather", "bcast", "Get_rank", "Get_size", "Abort"):
             return getattr(self.comm, name)
         raise AttributeError(f"Counted does not count {name!r}")
+
+
+class Alone:
+    """The communicator of one process, for what it can do without MPI."""
+
+    rank, size = 0, 1
+
+    def Allgather(self, send: Any, recv: Any) -> None:  # noqa: N802 - mpi4py's name
+        """Copy what this process has to where that of all of them is expected."""
+        np.asarray(recv).reshape(-1)[...] = np.asarray(send).reshape(-1)
+
+    def allgather(self, value: Any) -> list[Any]:
+        """Return the list of this process's value alone."""
+        return [value]
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        """Return the value itself."""
+        return value
 
 
 def in_blocks(n: int, parts: int) -> list[tuple[int, int]]:

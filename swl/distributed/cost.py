@@ -24,7 +24,7 @@ from swl.distributed.comm import BLOCK, gather_numbers, sum_in_order
 from swl.distributed.head import ClassParallelHead
 from swl.ops.chunks import DEFAULT_BUDGET, plan
 
-__all__ = ["Machine", "Measured", "Step", "agreement_bytes", "calibrate", "measure", "step_bytes"]
+__all__ = ["DEVICES", "Machine", "Measured", "Step", "agreement_bytes", "calibrate", "measure", "step_bytes"]
 
 
 def agreement_bytes(P: int) -> int:
@@ -53,6 +53,24 @@ class Machine(NamedTuple):
     """B: bytes sent per second in a collective."""
     latency: float
     """L: seconds of an all-to-all or all-gather of nothing."""
+
+
+LOGIT_BYTES = 20
+"""Bytes of device memory that a logit moves on its way to loss and gradient, float32."""
+
+
+def _device(flops: float, memory: float) -> tuple[float, float]:
+    """F and E of a device: its float32 products as they are, and the logits that its memory can move."""
+    return flops, memory / LOGIT_BYTES
+
+
+DEVICES = {
+    "A100": _device(19.5e12, 2.039e12),
+    "H100": _device(67e12, 3.35e12),
+    "B200": _device(75e12, 8e12),
+}
+"""F and E by name, of the data sheets of the SXM boards with 80 GB (A100, H100) and of the HGX B200: peaks of float32 without
+tensor cores, which are the products' default, and of the memory. A run reaches a part of either."""
 
 
 class Step(NamedTuple):
@@ -116,14 +134,18 @@ class Step(NamedTuple):
         """Bytes of a rank: W, its gradient, and the working memory."""
         return 2 * 4 * (self.D + 1) * self.classes + int(self._plan.bytes)
 
+    def times(self, machine: Machine) -> dict[str, float]:
+        """Seconds of the parts of the step."""
+        return {
+            "products": self.flops / machine.flops,
+            "softmax": self.logits / machine.logits,
+            "bytes": self.bytes_sent / machine.bandwidth,
+            "latency": self.collectives * machine.latency,
+        }
+
     def seconds(self, machine: Machine) -> float:
         """Time of the step, nothing overlapped."""
-        return (
-            self.flops / machine.flops
-            + self.logits / machine.logits
-            + self.bytes_sent / machine.bandwidth
-            + self.collectives * machine.latency
-        )
+        return sum(self.times(machine).values())
 
     def table(self, machine: Machine) -> Iterator[tuple[str, str]]:
         """Give what `swl plan` prints."""
@@ -131,12 +153,7 @@ class Step(NamedTuple):
         yield "memory", f"{self.memory / 2**20:,.1f} MiB: W, dW and {self._plan.bytes / 2**20:,.1f} MiB of work"
         yield "work", f"{self.flops / 1e9:,.1f} Gflop, {self.logits / 1e6:,.1f} million logits"
         yield "network", f"{self.bytes_sent / 1e6:,.3f} MB sent in {self.collectives} collectives"
-        parts = {
-            "products": self.flops / machine.flops,
-            "softmax": self.logits / machine.logits,
-            "bytes": self.bytes_sent / machine.bandwidth,
-            "latency": self.collectives * machine.latency,
-        }
+        parts = self.times(machine)
         whole = ", ".join(f"{name} {seconds * 1e3:,.3g}" for name, seconds in parts.items())
         yield "time", f"{self.seconds(machine) * 1e3:,.3g} ms: {whole}"
 
