@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from swl.backends import active, available_backends, get, loaded, set_backend, use_backend
 from swl.backends.host.memory import empty_cache, memory_use
 from swl.backends.host.threads import set_num_threads
@@ -25,6 +27,7 @@ from swl.nn.gradcheck import check_gradients, numerical_gradient
 from swl.nn.losses import SoftmaxWithLoss
 from swl.nn.optim import SGD, AdamW
 from swl.nn.sequential import Sequential
+from swl.ops import checks
 from swl.ops.chunks import Plan, plan
 from swl.warmup import warmup
 
@@ -33,7 +36,14 @@ __version__ = "0.1.0"
 
 def asarray(x: Any, dtype: Any = None) -> Any:
     """Bring `x` to the active backend, without a copy where it is there already."""
-    return get(active()).asarray(x, dtype)
+    checks.require_plain("x", x)
+    backend = get(active())
+    if dtype is None:
+        return checks.any_array(backend, "x", x)
+    try:
+        return backend.asarray(x, np.dtype(dtype))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"x must be an array of numbers, and dtype one that it can be brought to: {error}") from None
 
 
 def check() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 import swl
+from swl.distributed import Checkpoints
 
+CE = swl.cross_entropy_value_and_grad
 GOOD = {"logits": np.zeros((3, 4), np.float32), "target": np.array([0, 1, 2])}
 NAN, INF = float("nan"), float("inf")
 
@@ -104,6 +107,31 @@ def call(backend: Any, **changes: Any) -> Any:
         ({"ignore_index": True}, TypeError, "ignore_index.*True"),
         ({"check": "yes"}, TypeError, "check.*'yes'"),
         ({"smoothing": 0.1}, TypeError, "smoothing.*label_smoothing"),
+        # what is no array, or has a shape that is nearly right
+        ({"logits": None}, TypeError, "logits must be an array of numbers, got None"),
+        ({"logits": "abc"}, TypeError, "logits must be an array of numbers, got 'abc'"),
+        ({"target": None}, TypeError, "target must be an array of numbers, got None"),
+        ({"target": "abc"}, TypeError, "target must be an array of numbers, got 'abc'"),
+        ({"target": 1}, ValueError, r"target must have shape \(3,\).*\(3, 4\).*got \(\)"),
+        ({"target": np.array([[0], [1], [2]])}, ValueError, r"target.*\(3, 1\); target.reshape\(-1\) has the shape"),
+        ({"target": np.array([[0, 1, 2]])}, ValueError, r"target.*\(1, 3\); target.reshape\(-1\) has the shape"),
+        (
+            {"logits": np.zeros((1, 4)), "target": np.array([[2]])},
+            ValueError,
+            r"target.*\(1, 1\); target.reshape\(-1\)",
+        ),
+        (
+            {"logits": np.zeros((2, 2, 4)), "target": np.zeros(4, int)},
+            ValueError,
+            r"\(4,\); target.reshape\(\(2, 2\)\)",
+        ),
+        (
+            {"logits": np.zeros((3, 1)), "target": np.array([[0], [1], [1]])},
+            ValueError,
+            r"target.*\(3, 1\).*int64.*one class",
+        ),
+        ({"logits": np.zeros((3, 1)), "target": np.ones((3, 1), bool)}, ValueError, r"target.*bool.*one class"),
+        ({"weight": "abc"}, TypeError, "weight must be an array of numbers, got 'abc'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -268,6 +296,230 @@ def test_streams_are_for_devices(host_backend: Any) -> None:
     for function, operands in calls.items():
         with pytest.raises(TypeError, match=f"stream is for arrays on a device, .*{host_backend.name}"):
             function(*operands, stream=0)
+
+
+# ------------------------------------------------------------------------------------------------ everything else
+
+X, W, IDS = np.zeros((3, 4), np.float32), np.ones((4, 2), np.float32), np.array([0, 1, 1])
+HUGE = 10**400
+
+
+def masked(x: Any) -> Any:
+    return np.ma.masked_array(x, mask=np.arange(x.size).reshape(x.shape) == 0)
+
+
+def trained() -> Any:
+    """A layer with gradients."""
+    layer = swl.Affine(W.copy(), np.zeros(2, np.float32))
+    layer.backward(layer.forward(X))
+    return layer
+
+
+def strided(shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    return np.lib.stride_tricks.as_strided(np.zeros(64, np.float32), shape, strides)
+
+
+CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    # masked arrays, whose mask would be dropped
+    (lambda: swl.cross_entropy(masked(X), IDS), TypeError, "logits is a masked array.*logits.filled"),
+    (lambda: swl.cross_entropy(X, masked(IDS)), TypeError, "target is a masked array.*ignore_index"),
+    (lambda: swl.cross_entropy(X, IDS, weight=masked(np.ones(4))), TypeError, "weight is a masked array"),
+    (lambda: swl.cross_entropy(X, IDS, sample_weight=masked(np.ones(3))), TypeError, "sample_weight is a masked array"),
+    (lambda: swl.cross_entropy(X, masked(np.full((3, 4), 0.25))), TypeError, "target is a masked array"),
+    (lambda: swl.linear_cross_entropy(masked(X), W, IDS), TypeError, "x is a masked array"),
+    (lambda: swl.linear_cross_entropy(X, masked(W), IDS), TypeError, "W is a masked array"),
+    (lambda: swl.affine(masked(X), W), TypeError, "x is a masked array"),
+    (lambda: swl.affine(X, W, masked(np.ones(2))), TypeError, "b is a masked array"),
+    (lambda: swl.affine_backward(masked(np.ones((3, 2))), X, W), TypeError, "dout is a masked array"),
+    (lambda: swl.Affine(masked(W)), TypeError, "W is a masked array"),
+    (lambda: swl.Affine(W).forward(masked(X)), TypeError, "x is a masked array"),
+    (lambda: trained().backward(masked(np.ones((3, 2)))), TypeError, "dout is a masked array"),
+    (lambda: swl.ReLU().forward(masked(X)), TypeError, "x is a masked array"),
+    (lambda: swl.Sigmoid().forward(masked(X)), TypeError, "x is a masked array"),
+    (lambda: swl.SoftmaxWithLoss().forward(masked(X), IDS), TypeError, "(x|logits) is a masked array"),
+    (lambda: swl.SoftmaxWithLoss().forward(X, masked(IDS)), TypeError, "t is a masked array"),
+    (lambda: swl.Embedding(W).forward(masked(IDS)), TypeError, "x is a masked array"),
+    (lambda: swl.AffineSoftmaxWithLoss(W).forward(masked(X), IDS), TypeError, "x is a masked array"),
+    (
+        lambda: swl.SGD().update({"W": np.ones(3)}, {"W": masked(np.ones(3))}),
+        TypeError,
+        r"grads\['W'\] is a masked array",
+    ),
+    (lambda: swl.AdamW().update({"W": masked(np.ones(3))}, {"W": np.ones(3)}), TypeError, r"params\['W'\] is a masked"),
+    (lambda: swl.Affine(W).load_state_dict({"W": masked(W)}), TypeError, r"state\['W'\] is a masked array"),
+    (lambda: swl.asarray(masked(X)), TypeError, "x is a masked array"),
+    # what is no array, and what is no backend
+    (lambda: swl.cross_entropy(X, IDS, backend="zz"), ValueError, "backend is 'zz'; legal names are 'numpy'"),
+    (lambda: swl.affine(None, W), TypeError, "x must be an array of numbers, got None"),
+    (lambda: swl.affine(X, None), TypeError, "W must be an array of numbers, got None"),
+    (lambda: swl.affine(X, W, "b"), TypeError, "b must be an array of numbers, got 'b'"),
+    (lambda: swl.affine_backward(None, X, W), TypeError, "dout must be an array of numbers, got None"),
+    (lambda: swl.linear_cross_entropy(X, "W", IDS), TypeError, "W must be an array of numbers, got 'W'"),
+    (lambda: swl.linear_cross_entropy(X, W, None), TypeError, "target must be an array of numbers, got None"),
+    (lambda: swl.Affine(None), TypeError, "W must be an array of numbers, got None"),
+    (lambda: swl.ReLU().forward(None), TypeError, "x must be an array of numbers, got None"),
+    (lambda: swl.ReLU().forward("x"), TypeError, "x must be an array of numbers, got 'x'"),
+    (lambda: swl.asarray([[1], [2, 3]]), TypeError, "x must be an array of numbers: "),
+    (lambda: swl.asarray([1], "foo"), TypeError, "dtype one that it can be brought to.*foo"),
+    (lambda: swl.cross_entropy(X, [[0], [1, 2]]), TypeError, "target must be an array of numbers: "),
+    (lambda: swl.cross_entropy([[None, 1.0]], [0]), TypeError, "logits must be float16.*got object"),
+    (lambda: swl.cross_entropy(np.zeros(3, "f4,f4"), IDS), TypeError, r"logits must be float16.*got \[\('f0'"),
+    (
+        lambda: swl.cross_entropy(np.zeros((3, 4), "M8[s]"), IDS),
+        TypeError,
+        r"logits must be float16.*got datetime64\[s\]",
+    ),
+    # an array whose elements share memory
+    (lambda: CE(X, IDS, out=strided((3, 4), (4, 4))), ValueError, r"out must have a place for every element.*\(4, 4\)"),
+    (lambda: CE(X, IDS, out=strided((3, 4), (8, 4))), ValueError, "out must have a place for every element"),
+    (lambda: CE(X, IDS, out=strided((3, 4), (-4, 4))), ValueError, "out must have a place for every element"),
+    (lambda: CE(X, IDS, out=strided((3, 4), (16, 2))), ValueError, "out must have a place for every element"),
+    # sizes, numbers and seeds
+    (lambda: swl.plan(1.5, 2, 3), TypeError, "N must be an integer, got 1.5"),
+    (lambda: swl.plan(1, "2", 3), TypeError, "D must be an integer, got '2'"),
+    (lambda: swl.plan(1, 2, True), TypeError, "C must be an integer, got True"),
+    (lambda: swl.plan(1, 2, np.ones(2)), TypeError, r"C must be an integer, got an array of shape \(2,\)"),
+    (lambda: swl.plan(1, 2, -HUGE), ValueError, "C must be at least 0, got -1000"),
+    (lambda: swl.plan(1, 2, 3, dtype="int8"), TypeError, "dtype must be float16.*got 'int8'"),
+    (lambda: swl.plan(1, 2, 3, dtype="foo"), TypeError, "dtype must be float16.*got 'foo'"),
+    (lambda: swl.plan(1, 2, 3, needs=3), TypeError, "needs must be a collection of 'dx', 'dW' and 'db', got 3"),
+    (lambda: swl.plan(1, 2, 3, needs=["dx", 3]), ValueError, "needs may name 'dx', 'dW' and 'db' only"),
+    (lambda: swl.plan(1, 2, 3, memory_budget=1.5), TypeError, "memory_budget.*integer, got 1.5"),
+    (lambda: swl.plan(1, 2, 3, memory_budget=0), ValueError, "memory_budget must be above 0 bytes, got 0"),
+    (lambda: swl.Affine.init(2.5, 3), TypeError, "D must be an integer, got 2.5"),
+    (lambda: swl.Affine.init("2", 3), TypeError, "D must be an integer, got '2'"),
+    (lambda: swl.Affine.init(2, 0), ValueError, "K must be at least 1, got 0"),
+    (
+        lambda: swl.Affine.init(2, 3, rng="a"),
+        TypeError,
+        "rng must be a numpy.random.Generator, a seed or None, got 'a'",
+    ),
+    (lambda: swl.Affine.init(2, 3, rng=-1), TypeError, "rng must be.*got -1"),
+    (lambda: swl.Affine.init(2, 3, dtype="int8"), TypeError, "dtype must be float16.*got 'int8'"),
+    (lambda: swl.Affine.init(2, 3, dtype="foo"), TypeError, "dtype must be float16.*got 'foo'"),
+    (lambda: swl.Embedding.init(2.0, 3), TypeError, "V must be an integer, got 2.0"),
+    (lambda: swl.Embedding.init(2, 3, dtype=complex), TypeError, "dtype must be float16.*complex"),
+    (lambda: swl.SGD(lr=HUGE), ValueError, r"lr must be in \[0, inf\), got 1000"),
+    (lambda: swl.SGD(lr="0.1"), TypeError, r"lr must be a real number in \[0, inf\), got '0.1'"),
+    (lambda: swl.SGD(lr=None), TypeError, "lr must be a real number.*got None"),
+    (lambda: swl.SGD(lr=np.ones(2)), TypeError, r"lr must be a real number.*got an array of shape \(2,\)"),
+    (lambda: swl.SGD(lr=INF), ValueError, "lr must be in.*got inf"),
+    (lambda: swl.SGD(momentum=1), ValueError, r"momentum must be in \[0, 1\), got 1"),
+    (lambda: swl.SGD(weight_decay=NAN), ValueError, "weight_decay must be in.*got nan"),
+    (lambda: swl.AdamW(betas=0.9), TypeError, "betas must be two numbers, got 0.9"),
+    (lambda: swl.AdamW(betas=(0.9,)), TypeError, r"betas must be two numbers, got \(0.9,\)"),
+    (lambda: swl.AdamW(betas=(0.9, "b")), TypeError, r"betas\[1\] must be a real number.*got 'b'"),
+    (lambda: swl.AdamW(betas=(1.0, 0.9)), ValueError, r"betas\[0\] must be in \[0, 1\), got 1.0"),
+    (lambda: swl.AdamW(eps=1j), TypeError, "eps must be a real number.*got 1j"),
+    (lambda: swl.set_num_threads(1.5), TypeError, "n must be an integer above 0 or None, got 1.5"),
+    (lambda: swl.set_num_threads(0), ValueError, "n must be above 0, got 0"),
+    (lambda: swl.set_backend("zz"), ValueError, "backend is 'zz'; legal names are"),
+    (lambda: swl.set_backend(3), ValueError, "backend is 3; legal names are"),
+    (lambda: swl.warmup("int8"), ValueError, "dtypes may name 'float32'.*got 'int8'"),
+    # optimisers
+    (
+        lambda: swl.SGD().update(None, None),
+        TypeError,
+        "params and grads must both be mappings.*got NoneType and NoneType",
+    ),
+    (lambda: swl.SGD().update("W", "W"), TypeError, "params and grads must both be mappings.*got str and str"),
+    (lambda: swl.SGD().update({"W": W}, [W]), TypeError, "params and grads must both be.*got dict and list"),
+    (
+        lambda: swl.SGD().update([1.0], [2.0]),
+        TypeError,
+        r"params\[0\] and its gradient must be arrays, got float, float",
+    ),
+    (lambda: swl.SGD().update([W], [W, W]), ValueError, "params and grads must be of one length, got 1 and 2"),
+    (lambda: swl.SGD().update({"a": W}, {"b": W}), ValueError, r"same keys, got \['a'\] and \['b'\]"),
+    (
+        lambda: swl.SGD().update([W], [W[:1]]),
+        ValueError,
+        r"grads\[0\] must have the shape of its parameter, \(4, 2\), got",
+    ),
+    (lambda: swl.SGD().update([IDS], [IDS]), TypeError, r"params\[0\] must be of a floating dtype, got int64"),
+    (
+        lambda: swl.SGD().update([np.ones(3)], [np.ones(3) * 1j]),
+        TypeError,
+        r"grads\[0\] must hold real numbers, got complex",
+    ),
+    (lambda: swl.AdamW().update([np.ones(1)], [np.array([None])]), TypeError, r"grads\[0\] must hold real.*got object"),
+    (lambda: swl.AdamW().update([np.broadcast_to(1.0, 3)], [np.ones(3)]), ValueError, r"params\[0\] is read-only"),
+    # layers
+    (lambda: swl.Affine(np.ones((2, 2, 2))), ValueError, r"W must have shape \(D, K\), got \(2, 2, 2\)"),
+    (lambda: swl.Affine(W, np.ones(3)), ValueError, r"b must have shape \(2,\).*got \(3,\)"),
+    (lambda: swl.Affine(W, needs_dx="no"), TypeError, "needs_dx must be True or False, got 'no'"),
+    (lambda: swl.Affine(W).backward(X), RuntimeError, "Affine.backward was called before forward"),
+    (lambda: swl.Affine(W).gradients(), RuntimeError, "Affine has no gradients: call backward first"),
+    (
+        lambda: swl.Affine(W).load_state_dict(None),
+        TypeError,
+        "state must be a mapping of names to arrays, got NoneType",
+    ),
+    (lambda: swl.Affine(W).load_state_dict({"V": W}), ValueError, r"missing are \['W'\], unknown are \['V'\]"),
+    (
+        lambda: swl.Affine(W).load_state_dict({"W": W[:1]}),
+        ValueError,
+        r"state\['W'\] must have shape \(4, 2\).*\(1, 2\)",
+    ),
+    (
+        lambda: swl.Affine(W).load_state_dict({"W": W * 1j}),
+        TypeError,
+        r"state\['W'\] must hold real numbers, got complex",
+    ),
+    (lambda: swl.Affine(W).load_state_dict({"W": W.astype(str)}), TypeError, r"state\['W'\] must hold real.*got <U"),
+    (
+        lambda: swl.Affine(W).load_state_dict({"W": W.astype(object)}),
+        TypeError,
+        r"state\['W'\] must hold real.*got object",
+    ),
+    (lambda: swl.Sequential(), ValueError, "Sequential needs at least one layer"),
+    (lambda: swl.Sequential(None), TypeError, "layer 0 must have the methods forward and backward, got None"),
+    (lambda: swl.Sequential(swl.ReLU), TypeError, r"layer 0 must be a layer, got the class ReLU: write ReLU\(...\)"),
+    (lambda: swl.SoftmaxWithLoss(smoothing=1), TypeError, "unknown option 'smoothing'; legal options are weight"),
+    (lambda: swl.AffineSoftmaxWithLoss(W, memory_budget="a"), TypeError, "memory_budget.*got 'a'"),
+    (lambda: swl.AffineSoftmaxWithLoss(W).top_k(X, 0), ValueError, r"k must be in \[1, 2\].*got 0"),
+    (lambda: swl.AffineSoftmaxWithLoss(W).top_k(X, 1.5), TypeError, "k must be an integer, got 1.5"),
+    (lambda: swl.Embedding(W).forward(X), TypeError, "x must hold ids of an integer dtype, got float32"),
+    # differences
+    (lambda: swl.numerical_gradient(lambda x: 0, [1.0]), TypeError, "x must be an array of a floating dtype, got list"),
+    (lambda: swl.numerical_gradient(3, np.ones(1)), TypeError, "f must be a function of x, got 3"),
+    (lambda: swl.numerical_gradient(lambda x: 0.0, np.ones(1), h="a"), TypeError, "h must be a real number.*got 'a'"),
+    (lambda: swl.numerical_gradient(lambda x: 0.0, np.ones(1), h=0), ValueError, "h must be finite and above 0, got 0"),
+    (
+        lambda: swl.numerical_gradient(lambda x: x, np.ones(2)),
+        ValueError,
+        r"f must return a single number, got shape \(2,\)",
+    ),
+    (lambda: swl.check_gradients(3), TypeError, "of must be a layer, a pair of functions or a function, got 3"),
+    (lambda: swl.check_gradients(swl.ReLU(), X, tol="a"), TypeError, r"tol must be a real number in \(0, 1\), got 'a'"),
+    (lambda: swl.check_gradients(swl.ReLU(), X, tol=2), ValueError, r"tol must be in \(0, 1\), got 2"),
+    (lambda: swl.check_gradients(swl.ReLU(), X, projections=1.5), TypeError, "projections must be an integer, got 1.5"),
+    (lambda: swl.check_gradients(swl.ReLU(), X, seed="a"), TypeError, "seed must be an integer, got 'a'"),
+    # files
+    (lambda: Checkpoints("folder", keep=0), ValueError, "keep must be an integer of at least 1, got 0"),
+    (lambda: Checkpoints("folder", keep=1.5), ValueError, "keep must be an integer of at least 1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("bad", "error", "words"), CALLS, ids=[words for _, _, words in CALLS])
+def test_every_error_names_argument_what_came_and_what_is_legal(
+    bad: Callable[[], Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=rf"(?s){words}") as found:
+        bad()
+    assert type(found.value) is error
+    assert len(str(found.value)) < 400
+
+
+def test_strides_that_interlock_without_sharing_are_taken() -> None:
+    """Elements 0, 8, … of rows 12 bytes apart: between each other's bounds, but none shares memory with another."""
+    out = strided((3, 4), (4, 12))
+    _, want = CE(X, IDS)
+    CE(X, IDS, out=out)
+    np.testing.assert_array_equal(out, want)
+    out = strided((2, 4), (12, 8))  # 0 8 16 24, 12 20 28 36
+    CE(X[:2], IDS[:2], out=out)
+    np.testing.assert_array_equal(out, CE(X[:2], IDS[:2])[1])
 
 
 def test_lists_are_taken_where_arrays_are(backend: Any) -> None:

@@ -1,6 +1,6 @@
 """Heads sharded over classes and data, on an MPI that exists: every rank runs the same program on its part.
 
-``pip install 'swl[mpi]'`` brings mpi4py and an MPI; ``mpiexec -n 4 python script.py`` runs a script on four ranks::
+``pip install mpi4py mpich`` brings mpi4py and an MPI; ``mpiexec -n 4 python script.py`` runs a script on four ranks::
 
     from swl import distributed
 

@@ -374,11 +374,9 @@ def world() -> Any:
     try:
         return importlib.import_module("mpi4py.MPI").COMM_WORLD
     except ModuleNotFoundError:
-        raise BackendUnavailable("swl.distributed needs mpi4py: pip install 'swl[mpi]'") from None
+        raise BackendUnavailable("swl.distributed needs mpi4py and an MPI: pip install mpi4py mpich") from None
     except (ImportError, RuntimeError) as error:  # mpi4py without an MPI library
-        raise BackendUnavailable(
-            f"mpi4py found no MPI library ({error}): pip install 'swl[mpi]' brings one, mpich"
-        ) from None
+        raise BackendUnavailable(f"mpi4py found no MPI library ({error}): pip install mpich brings one") from None
 
 
 def launched() -> bool:

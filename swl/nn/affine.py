@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from swl.backends import get
 from swl.nn.base import WithAffineParameters, bring
 from swl.ops.affine import Operands
+from swl.ops.checks import shown
 
 __all__ = ["Affine"]
 
@@ -58,6 +61,8 @@ class Affine(WithAffineParameters):
 
     def __init__(self, W: Any, b: Any = None, *, needs_dx: bool = True) -> None:
         super().__init__(W, b)
+        if not isinstance(needs_dx, bool | np.bool):
+            raise TypeError(f"needs_dx must be True or False, got {shown(needs_dx)}")
         self.needs_dx = bool(needs_dx)
 
     def forward(self, x: Any) -> Any:

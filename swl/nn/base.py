@@ -23,7 +23,7 @@ def bring(backend: Backend, name: str, x: Any) -> Any:
         return x
     if hasattr(x, "dtype"):
         resolve(backend.name, {name: x})
-    return backend.asarray(x)
+    return checks.any_array(backend, name, x)
 
 
 def _as_stored(x: Any, p: Any) -> Any:
@@ -103,15 +103,21 @@ class Layer:
 
         Raises
         ------
-        ValueError
-            If names or shapes are not those of the parameters.
+        TypeError, ValueError
+            If names or shapes are not those of the parameters, or values are not real numbers.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
         parameters = self.parameters()
         missing, unknown = sorted(parameters.keys() - set(state)), sorted(set(state) - parameters.keys())
         if missing or unknown:
             raise ValueError(f"state must name exactly the parameters: missing are {missing}, unknown are {unknown}")
-        values = {name: _as_stored(np.asarray(state[name]), p) for name, p in parameters.items()}
+        values = {}
         for name, p in parameters.items():
+            checks.require_plain(f"state[{name!r}]", state[name])
+            values[name] = _as_stored(np.asarray(state[name]), p)
+            if not checks.is_real(values[name].dtype):
+                raise TypeError(f"state[{name!r}] must hold real numbers, got {values[name].dtype}")
             checks.require_shape(f"state[{name!r}]", values[name], p.shape, "the shape of the parameter")
             if not getattr(p.flags, "writeable", True):
                 raise ValueError(f"parameter {name!r} is read-only")
@@ -221,9 +227,9 @@ class WithAffineParameters(Layer):
         Affine(784, 50)
         """
         for name, size in (("D", D), ("K", K)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        W = np.random.default_rng(rng).standard_normal((D, K)) * math.sqrt(2 / D)
+            checks.require_integer(name, size, 1)
+        dtype = checks.float_dtype("dtype", dtype)
+        W = checks.generator(rng).standard_normal((D, K)) * math.sqrt(2 / D)
         backend = get(active())
         return cls(backend.asarray(W.astype(dtype)), backend.asarray(np.zeros(K, dtype)), **options)
 

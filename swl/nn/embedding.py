@@ -58,9 +58,9 @@ class Embedding(Layer):
     def init(cls, V: int, D: int, *, rng: Any = None, dtype: Any = np.float32) -> Embedding:
         """Draw ``W ~ N(0, 1)`` on the host, and place it on the active backend."""
         for name, size in (("V", V), ("D", D)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        return cls(get(active()).asarray(np.random.default_rng(rng).standard_normal((V, D)).astype(dtype)))
+            checks.require_integer(name, size, 1)
+        W = checks.generator(rng).standard_normal((V, D)).astype(checks.float_dtype("dtype", dtype))
+        return cls(get(active()).asarray(W))
 
     def _run(self, x: Any) -> tuple[Any, Any]:
         backend = get(self.backend)

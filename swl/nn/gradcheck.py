@@ -12,7 +12,7 @@ import numpy as np
 
 from swl.nn.sequential import gradients_of, leaves, parameters_of
 from swl.ops.arrays import beside, to_numpy
-from swl.ops.checks import is_float
+from swl.ops.checks import is_float, require_integer, require_number, shown
 
 __all__ = ["GradientError", "GradientReport", "check_gradients", "numerical_gradient"]
 
@@ -55,8 +55,10 @@ def numerical_gradient(f: Callable[[Any], Any], x: Any, h: float | None = None) 
         raise TypeError(f"x must be an array of a floating dtype, got {getattr(x, 'dtype', type(x).__name__)}")
     if not getattr(x.flags, "writeable", True):
         raise ValueError("x is read-only, and its elements are to be shifted in place")
-    if h is not None and not 0 < h < math.inf:
-        raise ValueError(f"h must be finite and above 0, got {h!r}")
+    if not callable(f):
+        raise TypeError(f"f must be a function of x, got {shown(f)}")
+    if h is not None:
+        require_number("h", h, "finite and above 0", lambda v: 0 < v < math.inf)
     eps = float(np.finfo(x.dtype).eps) if x.dtype.kind == "f" else 2.0**-7  # bfloat16 has no finfo in NumPy
     gradient = np.empty(x.shape, x.dtype)
 
@@ -185,11 +187,10 @@ def check_gradients(
     swl.nn.gradcheck.GradientError: gradient of x at [0]: backward gives 0.377..., central differences give 0.754...
     (relative error 0.5, tolerance 1e-06)
     """
-    if not 0 < tol < 1:
-        raise ValueError(f"tol must be in (0, 1), got {tol!r}")
-    if projections is not None and projections < 1:
-        raise ValueError(f"projections must be None or at least 1, got {projections!r}")
-    rng = np.random.default_rng(seed)
+    require_number("tol", tol, "in (0, 1)", lambda v: 0 < v < 1)
+    if projections is not None:
+        require_integer("projections", projections, 1)
+    rng = np.random.default_rng(require_integer("seed", seed, 0))
     given = tuple(_double(x) for x in inputs)
     if hasattr(of, "forward") and hasattr(of, "backward"):
         if wrt is not None or kwargs:

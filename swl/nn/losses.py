@@ -8,6 +8,7 @@ import numpy as np
 
 from swl.backends import resolve, scope
 from swl.nn.base import LossLayer, bring, describe
+from swl.ops import checks
 from swl.ops.arrays import beside
 from swl.ops.cross_entropy import check, forward, forward_backward
 from swl.ops.loss import Loss, Problem
@@ -59,7 +60,7 @@ class SoftmaxWithLoss(LossLayer):
         backend = resolve(options.backend, {"x": x})
         with backend.scope(x=x, t=t):
             if type(x) is not np.ndarray or backend.xp is not np:
-                x = backend.asarray(x)
+                x = checks.any_array(backend, "x", x)
             t = bring(backend, "t", t)
             if plain:
                 return x, t, options

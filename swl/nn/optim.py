@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from swl.backends import scope
-from swl.ops.checks import acc_dtype, is_float
+from swl.ops.checks import acc_dtype, is_float, is_real, require_number, require_plain, shown
 
 __all__ = ["SGD", "AdamW"]
 
@@ -19,8 +19,11 @@ Arrays = Mapping[str, Any] | Sequence[Any]
 
 def _pairs(params: Arrays, grads: Arrays) -> Iterator[tuple[Any, Any, Any]]:
     """Go through (key, parameter, gradient), all of them checked first."""
-    if isinstance(params, Mapping) != isinstance(grads, Mapping):
-        raise TypeError("params and grads must both be mappings or both be sequences")
+    if isinstance(params, Mapping) != isinstance(grads, Mapping) or not all(
+        isinstance(given, Mapping | Sequence) and not isinstance(given, str) for given in (params, grads)
+    ):
+        kinds = f"{type(params).__name__} and {type(grads).__name__}"
+        raise TypeError(f"params and grads must both be mappings or both be sequences, got {kinds}")
     if isinstance(params, Mapping) and isinstance(grads, Mapping):
         keys: list[Any] = list(params)
         if keys != list(grads) and set(keys) != set(grads):
@@ -39,12 +42,17 @@ def _pairs(params: Arrays, grads: Arrays) -> Iterator[tuple[Any, Any, Any]]:
             raise ValueError(f"grads[{key!r}] must have the shape of its parameter, {p.shape}, got {g.shape}")
         if not is_float(p.dtype):
             raise TypeError(f"params[{key!r}] must be of a floating dtype, got {p.dtype}")
+        if not is_real(g.dtype):
+            raise TypeError(f"grads[{key!r}] must hold real numbers, got {g.dtype}")
+        require_plain(f"params[{key!r}]", p)
+        require_plain(f"grads[{key!r}]", g)
+        if not getattr(p.flags, "writeable", True):
+            raise ValueError(f"params[{key!r}] is read-only, and is to be updated in place")
     return iter(found)
 
 
 def _number(name: str, value: float, *, below: float = math.inf) -> float:
-    if not 0 <= value < below:  # a NaN fails too
-        raise ValueError(f"{name} must be in [0, {below:g}), got {value!r}")
+    require_number(name, value, f"in [0, {below:g})", lambda v: 0 <= v < below)
     return float(value)
 
 
@@ -160,6 +168,8 @@ class AdamW(_Optimizer):
     ) -> None:
         super().__init__()
         self.lr = _number("lr", lr)
+        if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {shown(betas)}")
         self.betas = _number("betas[0]", betas[0], below=1), _number("betas[1]", betas[1], below=1)
         self.eps = _number("eps", eps)
         self.weight_decay = _number("weight_decay", weight_decay)

@@ -39,6 +39,10 @@ class Sequential(Layer):
         if not layers:
             raise ValueError("Sequential needs at least one layer")
         for i, layer in enumerate(layers):
+            if isinstance(layer, type):
+                raise TypeError(
+                    f"layer {i} must be a layer, got the class {layer.__name__}: write {layer.__name__}(...)"
+                )
             if not (callable(getattr(layer, "forward", None)) and callable(getattr(layer, "backward", None))):
                 raise TypeError(f"layer {i} must have the methods forward and backward, got {layer!r}")
             if _is_loss(layer) and i != len(layers) - 1:

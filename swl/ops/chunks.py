@@ -23,7 +23,7 @@ import numpy as np
 
 from swl.backends import Rows
 from swl.backends.protocol import Target
-from swl.ops.checks import acc_dtype, check_needs
+from swl.ops.checks import acc_dtype, check_needs, float_dtype, require_integer
 from swl.ops.loss import Problem
 from swl.ops.rows import combine, plain_mass
 from swl.ops.targets import ChunkedProbabilities
@@ -140,14 +140,14 @@ def plan(
       work    3 products, 948.6 Gflop
     """
     for name, size in (("N", N), ("D", D), ("C", C)):
-        if size < 0:
-            raise ValueError(f"{name} must be at least 0, got {size}")
+        require_integer(name, size, 0)
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int | np.integer):
         raise TypeError(f"memory_budget must be a number of bytes, an integer, got {memory_budget!r}")
     if memory_budget <= 0:
         raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
     needs = check_needs(needs)
-    stored, itemsize = np.dtype(dtype).itemsize, acc_dtype(np.dtype(dtype)).itemsize
+    dtype = float_dtype("dtype", dtype)
+    stored, itemsize = dtype.itemsize, acc_dtype(dtype).itemsize
     room = memory_budget // itemsize  # in numbers
     gradients = len(needs & {"dx", "dW"})
     tile = max(1, min(C, 2048, room // (16 * max(D, 1)))) if "dW" in needs else 0

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from swl.backends import Backend, Rows, active, get, resolve
-from swl.ops.checks import acc_dtype, float_array, require_shape, size_of
+from swl.ops.checks import acc_dtype, float_array, places_apart, require_shape, size_of
 from swl.ops.loss import Loss, Problem, inverse, problem
 from swl.ops.rows import final_logits
 from swl.options import DEFAULTS, OptionKwargs, Options
@@ -295,7 +295,7 @@ class _Gradient(NamedTuple):
             raise TypeError(f"out must have the dtype of logits, {logits.dtype}, got {out.dtype}")
         if not getattr(out.flags, "writeable", True):
             raise ValueError("out is read-only")
-        if out.size and any(step == 0 and n > 1 for step, n in zip(out.strides, out.shape, strict=True)):
+        if out.size and not places_apart(out):
             raise ValueError(f"out must have a place for every element, got strides {out.strides}")
         target = p.target
 

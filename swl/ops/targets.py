@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.backends import Backend
-from swl.ops.checks import real_array, require_shape, size_of
+from swl.ops.checks import any_array, real_array, require_shape, size_of
 
 __all__ = ["CheckedTarget", "ChunkedProbabilities", "check_target"]
 
@@ -65,18 +65,25 @@ def check_target(
     n_rows = size_of(leading)
     if isinstance(target, ChunkedProbabilities):
         return CheckedTarget(probs=target, count=float(n_rows))
-    target = backend.asarray(target)
+    target = any_array(backend, "target", target)
     if target.shape == leading:
         if target.dtype.kind not in "iu":
             raise TypeError(f"target of class ids must be of an integer dtype, got {target.dtype}")
         ids, row_weight, count = backend.prepare_ids(target.reshape(n_rows), C, int(ignore_index), weight)
         return CheckedTarget(ids, None, row_weight, count)
     if target.shape == (*leading, C):
+        if C == 1 and target.dtype.kind in "iub":
+            raise ValueError(
+                f"target has shape {target.shape} and dtype {target.dtype}, and logits have one class, whose loss is always "
+                f"0: class ids have shape {leading}; for two classes give logits of two, say of 0 and the score"
+            )
         probs = real_array(backend, "target of probabilities", target).reshape(n_rows, C)
         return CheckedTarget(probs=probs, count=float(n_rows))
+    same = target.dtype.kind in "iu" and target.size == n_rows
+    hint = f"; target.reshape({-1 if len(leading) == 1 else leading}) has the shape of class ids" if same else ""
     raise ValueError(
         f"target must have shape {leading} (class ids) or {(*leading, C)} (probabilities) "
-        f"for {C} classes, got {target.shape}"
+        f"for {C} classes, got {target.shape}{hint}"
     )
 
 

@@ -125,6 +125,15 @@ def tensors(
     return Tensors(weight, sample_weight, denominator)
 
 
+def require_tensor(name: str, x: Any) -> None:
+    """Refuse an array of another library, whose dtypes and devices only look like torch's."""
+    if not isinstance(x, Tensor):
+        kind = type(x)
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {kind.__module__}.{kind.__name__}: torch.as_tensor makes one"
+        )
+
+
 def check(input: Tensor, target: Tensor, given: Tensors, setting: Settings) -> bool:
     """Check dtypes, devices and shapes in torch's terms; tell whether the target holds probabilities.
 
@@ -134,6 +143,7 @@ def check(input: Tensor, target: Tensor, given: Tensors, setting: Settings) -> b
         Naming argument, what came and what is legal.
     """
     if input.dtype not in FLOATS:
+        require_tensor("input", input)
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     shape = input.shape
     if not shape:
@@ -148,6 +158,7 @@ def check(input: Tensor, target: Tensor, given: Tensors, setting: Settings) -> b
     probabilities = target.shape == shape
     if probabilities:
         if target.dtype not in FLOATS:
+            require_tensor("target", target)
             raise TypeError(f"target of probabilities, having the shape of input, must be floating, got {target.dtype}")
         if setting.ignore_index >= 0:
             raise ValueError(f"ignore_index={setting.ignore_index} is for class ids, but target holds probabilities")
@@ -157,6 +168,7 @@ def check(input: Tensor, target: Tensor, given: Tensors, setting: Settings) -> b
             f"for input of shape {tuple(shape)}, got {tuple(target.shape)}"
         )
     elif target.dtype not in _INTEGERS:
+        require_tensor("target", target)
         raise TypeError(f"target of class ids must be of an integer dtype, got {target.dtype}")
     weight, sample_weight, denominator = given
     if weight is not None and weight.shape != (C,):
@@ -165,6 +177,7 @@ def check(input: Tensor, target: Tensor, given: Tensors, setting: Settings) -> b
         raise ValueError(f"sample_weight must have shape {tuple(rows)}, one per row, got {tuple(sample_weight.shape)}")
     for name, t in (("target", target), ("weight", weight), ("sample_weight", sample_weight)):
         if t is not None and t.device != input.device:
+            require_tensor(name, t)
             raise TypeError(f"input is on {input.device} but {name} on {t.device}; all tensors must be on one device")
     if denominator is not None and denominator.device != input.device:
         raise TypeError(f"input is on {input.device} but denominator on {denominator.device}")

@@ -42,7 +42,7 @@ def load() -> Backend:
     except ImportError as error:
         raise BackendUnavailable(
             f"backend 'cupy' needs CuPy, which cannot be imported ({error}); "
-            "pip install 'swl[cuda13]', or 'swl[cuda12]' for a driver of CUDA 12 (nvidia-smi shows which)"
+            "pip install cupy-cuda13x, or cupy-cuda12x for a driver of CUDA 12 (nvidia-smi shows which)"
         ) from error
     driver = cupy.cuda.runtime.driverGetVersion()
     if not driver:
@@ -55,7 +55,7 @@ def load() -> Backend:
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise BackendUnavailable(
             f"backend 'cupy' cannot use the driver of CUDA {_version(driver)} ({error}); install the CuPy of that "
-            f"CUDA: pip install 'swl[cuda{driver // 1000}]', or a newer driver"
+            f"CUDA: pip install cupy-cuda{driver // 1000}x, or a newer driver"
         ) from error
     if not count:
         raise BackendUnavailable("backend 'cupy' finds no CUDA device; check nvidia-smi and CUDA_VISIBLE_DEVICES")
