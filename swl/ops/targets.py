@@ -72,10 +72,10 @@ def check_target(
         ids, row_weight, count = backend.prepare_ids(target.reshape(n_rows), C, int(ignore_index), weight)
         return CheckedTarget(ids, None, row_weight, count)
     if target.shape == (*leading, C):
-        if C == 1 and target.dtype.kind in "iub":
+        if C == 1 and target.dtype.kind in "iub" and backend.xp is np and not (target == 1).all():
             raise ValueError(
-                f"target has shape {target.shape} and dtype {target.dtype}, and logits have one class, whose loss is always "
-                f"0: class ids have shape {leading}; for two classes give logits of two, say of 0 and the score"
+                f"target has shape {target.shape}, dtype {target.dtype} and zeros, and logits have one class, whose probability "
+                f"is 1: class ids have shape {leading}; for two classes give logits of two, say of 0 and the score"
             )
         probs = real_array(backend, "target of probabilities", target).reshape(n_rows, C)
         return CheckedTarget(probs=probs, count=float(n_rows))
