@@ -33,21 +33,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("swl")
 
 
-# ------------------------------------------------------------------------------------------------ the emulated GPU
-
-
-def _emulated() -> tuple[ModuleType | None, str | None]:
-    """Register the CUDA backend that runs on the CPU; give its module, and the reason why it cannot run here."""
-    if not (HERE / "cuda" / "emulated.py").exists():
-        return None, None
-    sys.path.insert(0, str(HERE / "cuda"))
-    module = importlib.import_module("emulated")
-    return module, module.register()
-
-
-EMULATED, NO_EMULATOR = _emulated()
-
-
 # ------------------------------------------------------------------------------------------------ the fake GPU
 
 
@@ -61,11 +46,25 @@ def _fake() -> tuple[ModuleType | None, str | None]:
 
 
 FAKE, NO_FAKE = _fake()
-BACKENDS = [
-    *_REGISTRY,
-    *(["cupy-emulated"] if NO_EMULATOR and "cupy-emulated" not in _REGISTRY else []),
-    *(["cupy-fake"] if NO_FAKE and "cupy-fake" not in _REGISTRY else []),
-]
+BACKENDS = [*_REGISTRY, *(["cupy-fake"] if NO_FAKE and "cupy-fake" not in _REGISTRY else [])]
+
+
+@pytest.fixture(scope="session")
+def cupy() -> Any:
+    """CuPy on the fake driver; without it, the test is skipped."""
+    reason = NO_FAKE or FAKE.fakecuda.missing()
+    if reason:
+        pytest.skip(reason)
+    return FAKE.cupy()
+
+
+@pytest.fixture
+def on_fake(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """The CUDA backend on the fake driver, active for the length of the test, which may break the devices."""
+    monkeypatch.setattr(registry, "_DEVICE", FAKE.NAME)
+    with swl.use_backend(FAKE.NAME):
+        yield get(FAKE.NAME)
+    FAKE.fakecuda.forgive()
 
 
 # ------------------------------------------------------------------------------------------------ the fixture
@@ -91,8 +90,6 @@ class On:
         """Bring an array of the backend to NumPy."""
         if isinstance(x, np.ndarray | np.generic | float):
             return np.asarray(x)
-        if EMULATED is not None and self.name == "cupy-emulated":
-            return np.asarray(EMULATED.to_numpy(x))
         return np.asarray(x.get())
 
 
@@ -110,8 +107,6 @@ def host_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 def _use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[On]:
     name = request.param
-    if name == "cupy-emulated" and NO_EMULATOR:
-        pytest.skip(NO_EMULATOR)
     if name == "cupy-fake" and (reason := NO_FAKE or FAKE.fakecuda.missing()):
         pytest.skip(reason)
     try:
@@ -121,7 +116,7 @@ def _use(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
             pytest.fail(f"--require-gpu: {error}", pytrace=False)
         pytest.skip(f"{GPU}: {error}" if name == "cupy" else str(error))
     if not here.is_host:
-        monkeypatch.setattr(registry, "_DEVICE", name)  # where device arrays belong: to the real GPU or to the emulated
+        monkeypatch.setattr(registry, "_DEVICE", name)  # where device arrays belong: to the real GPU or to the fake one
     with swl.use_backend(name):
         yield here
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from needs import CUPY, GPU, MPIEXEC
+from needs import GPU, MPIEXEC
 
 import swl
-from conftest import NO_EMULATOR
 from swl.backends import get
 from swl.distributed import transport
 from swl.distributed.comm import Counted, Grid, in_blocks, sum_in_order
@@ -128,28 +127,28 @@ def test_importing_the_library_imports_no_mpi() -> None:
 
 # ------------------------------------------------------------------------------------------------ devices
 
-on_emulated_devices = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+on_fake_devices = pytest.mark.usefixtures("cupy")
 
 
-@on_emulated_devices
+@on_fake_devices
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_arrays_of_devices_travel_by_three_ways_to_the_same_bits(ranks: int) -> None:
     """Through the host, by MPI and by NCCL; as on the host; nothing waits where nothing must, on any device or stream."""
-    found = {on(ranks, HERE / "device.py", "cupy-emulated", SWL_TRANSPORT=how) for how in ("host", "mpi", "nccl")}
+    found = {on(ranks, HERE / "device.py", "cupy-fake", SWL_TRANSPORT=how) for how in ("host", "mpi", "nccl")}
     assert len(found) == 1
     assert "cases" in found.pop()
 
 
-@on_emulated_devices
+@on_fake_devices
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_what_arrays_of_devices_travel_by_is_chosen_on_all_ranks_alike(ranks: int) -> None:
     assert on(ranks, HERE / "choose.py") == "all chosen\n"
 
 
-@on_emulated_devices
+@on_fake_devices
 def test_train_on_devices_prints_what_the_host_prints() -> None:
     """Both networks over 2 × 2 ranks, each on a device of its own, by NCCL."""
-    emulated = f"import sys; sys.path.insert(0, {str(HERE)!r}); import devices; devices.install(); "
+    on_devices = f"import sys; sys.path.insert(0, {str(HERE)!r}); import devices; devices.install(); "
     for arguments in (
         (*TEXT, "--dtype", "float64", "--limit", "1000"),
         (*DIGITS, "--epochs", "1", "--batch-size", "100"),
@@ -158,7 +157,7 @@ def test_train_on_devices_prints_what_the_host_prints() -> None:
         on_host = on(4, *SWL, *command)
         want = re.findall("epoch.*|test .*", on_host)
         assert len(want) == 2
-        out = on(4, SWL[0], emulated + SWL[1], *command, "--backend", "cupy-emulated")
+        out = on(4, SWL[0], on_devices + SWL[1], *command, "--backend", "cupy-fake")
         assert re.findall("epoch.*|test .*", out) == want
 
 
@@ -177,9 +176,8 @@ def test_arrays_of_gpus_travel(how: str, request: pytest.FixtureRequest) -> None
     assert "cases" in on(ranks, HERE / "device.py", "cupy", SWL_TRANSPORT=how)
 
 
-def test_the_stand_in_for_nccl_has_cupys_methods_and_arguments() -> None:
+def test_the_imitation_of_nccl_has_cupys_methods_and_arguments(cupy: Any) -> None:
     """CuPy's module of it cannot be imported without NCCL, but has the signatures in its text."""
-    cupy = pytest.importorskip("cupy", reason=CUPY)
     import devices
 
     (library,) = Path(cupy.__file__).parents[1].glob("cupy_backends/cuda/libs/nccl*.so")
@@ -201,17 +199,6 @@ def test_the_stand_in_for_nccl_has_cupys_methods_and_arguments() -> None:
     module, reason = transport._nccl(cupy)
     assert module.__name__ == "cupy.cuda.nccl"
     assert bool(reason) != module.available
-
-
-def test_what_the_stand_in_is_completed_with_is_cupys() -> None:
-    cupy = pytest.importorskip("cupy", reason=CUPY)
-    import devices
-
-    assert list(inspect.signature(devices.get).parameters) == ["self", "stream", "order", "out", "blocking"]
-    assert "get(self, stream=None, order='C', out=None, blocking=True)" in cupy.ndarray.get.__doc__
-    assert "alloc_pinned_memory(size_t size)" in cupy.cuda.alloc_pinned_memory.__doc__
-    assert "deviceGetPCIBusId(int device)" in cupy.cuda.runtime.deviceGetPCIBusId.__doc__
-    assert callable(cupy.cuda.Stream.synchronize)
 
 
 # ------------------------------------------------------------------------------------------------ the rows

@@ -55,7 +55,7 @@ def test_without_torch_jax_and_mpi_their_tests_and_doctests_are_skipped(tmp_path
     assert "must not be skipped here: needs MPI" in out
 
 
-def test_without_a_compiler_the_emulated_device_is_skipped(tmp_path: Path) -> None:
+def test_without_a_compiler_the_fake_device_is_skipped(tmp_path: Path) -> None:
     arguments = ("tests/cuda/test_kernels.py", "tests/cuda/test_devices.py", "tests/test_dispatch.py")
     status, out = run(ROOT, *arguments, "-k", "not numba and not numpy", CI="true", PATH="", CXX="")
     assert status == 0, out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -202,10 +203,10 @@ def test_ignored_rows_have_no_gradient_whatever_comes_after(factor: float, C: in
 @pytest.mark.parametrize("budget", [2**20, 20_000, 600])
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_ignored_rows_of_the_fused_head_have_no_gradient_whatever_comes_after(
-    factor: float, reduction: str, budget: int, where: str, monkeypatch: pytest.MonkeyPatch
+    factor: float, reduction: str, budget: int, where: str, request: pytest.FixtureRequest
 ) -> None:
     if where == "device":
-        emulate(monkeypatch)
+        send_to_the_fake_device(request)
     x, W, b = torch.randn(70, 5, requires_grad=True), torch.randn(90, 5), torch.randn(90)
     t = torch.full((70,), 3)
     t[10:] = -100
@@ -591,47 +592,18 @@ def test_the_specification_runs_too() -> None:
 # ------------------------------------------------------------------------------------------------ the CUDA half
 
 
-class Emulated:
-    """The bridge to the emulated device: what `Cuda` is but for DLPack and streams, which only a card can show."""
+def send_to_the_fake_device(request: pytest.FixtureRequest, patch: pytest.MonkeyPatch | None = None) -> None:
+    """Have tensors worked on there, on a stream that is not the default one."""
+    stream = request.getfixturevalue("cupy").cuda.Stream(non_blocking=True)
+    sys.path.insert(0, str(Path(__file__).parent / "cuda"))
+    import tensors
 
-    on_host = False
-
-    def __init__(self) -> None:
-        from swl.backends import get
-
-        self.backend = get("cupy-emulated")
-        self.writes: list[Any] = []
-
-    def array(self, t: Any) -> Any:
-        there = self.backend.asarray(t.detach().numpy())
-        self.writes.append((t, there))
-        return there
-
-    def tensor(self, a: Any) -> Any:
-        return torch.from_numpy(a._host.copy())
-
-    @contextlib.contextmanager
-    def scope(self) -> Any:
-        """On the way out, bring back what kernels wrote: the emulated device does not share torch's memory."""
-        self.writes.clear()
-        yield
-        for t, there in self.writes:
-            t.detach().numpy()[...] = there._host  # unseen by autograd, as the writes of a kernel are
-
-
-def emulate(patch: pytest.MonkeyPatch) -> None:
-    """Send tensors to the emulated device."""
-    from conftest import EMULATED, NO_EMULATOR
-
-    if EMULATED is None or NO_EMULATOR:
-        pytest.skip(NO_EMULATOR or "no emulated device")
-    for module in (swl.torch._loss, swl.torch._linear):
-        patch.setattr(module, "bridge", lambda _: Emulated())
+    tensors.send(patch or request.getfixturevalue("monkeypatch"), 0, stream.ptr)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_device_paths_on_the_emulated_device(dtype: Any, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_paths_on_the_fake_device(dtype: Any, reduction: str, request: pytest.FixtureRequest) -> None:
     x, W, b = torch.randn(6, 5).to(dtype), torch.randn(5, 5).to(dtype), torch.randn(5).to(dtype)
     leaves = [t.requires_grad_() for t in (x, W, b)]
     for target in (IDS, torch.rand(6, 5)):
@@ -654,8 +626,8 @@ def test_device_paths_on_the_emulated_device(dtype: Any, reduction: str, monkeyp
             ]
 
         want = run()
-        with monkeypatch.context() as patch:
-            emulate(patch)
+        with pytest.MonkeyPatch.context() as patch:
+            send_to_the_fake_device(request, patch)
             got = run()
         for a, w in zip(got, want, strict=True):
             torch.testing.assert_close(a, w, rtol=2e-3 if dtype is torch.float16 else 1e-5, atol=2e-3)

@@ -11,7 +11,10 @@ from swl.backends import resolve
 
 def to_numpy(x: Any) -> Any:
     """Copy an array of any backend to NumPy; waits for the device."""
-    return x.get() if hasattr(x, "get") else np.array(x)
+    if not hasattr(x, "get"):
+        return np.array(x)
+    with x.device:  # CuPy takes the stream that is current on the device that is
+        return x.get()
 
 
 def beside(array: Any, values: Any) -> Any:

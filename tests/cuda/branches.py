@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import fake
+import fakecuda
 import ml_dtypes
 import numpy as np
-import stand_in
 
 from swl.backends import Rows
 from swl.backends.protocol import Target
@@ -71,13 +72,9 @@ def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
 
 @contextmanager
 def small_device(processors: int, shared: int) -> Iterator[None]:
-    """Make the emulated device small; for backends made inside."""
-    before = dict(stand_in.ATTRIBUTES)
-    stand_in.ATTRIBUTES.update(MultiProcessorCount=processors, MaxSharedMemoryPerBlockOptin=shared)
-    try:
+    """Make the fake devices small; for backends made inside."""
+    with fakecuda.settings(processors=processors, shared=shared):
         yield
-    finally:
-        stand_in.ATTRIBUTES.update(before)
 
 
 class Result(NamedTuple):
@@ -139,20 +136,20 @@ def inputs(case: Case) -> Inputs:
 
 
 def run(case: Case, backend: Any) -> Result:
-    """Run a case on the emulated backend: both sweeps at once, then forward and backward."""
+    """Run a case on the fake devices: both sweeps at once, then forward and backward."""
     given = inputs(case)
     asarray = backend.asarray
     moved = {f: asarray(v) for f, v in given.target._asdict().items() if isinstance(v, np.ndarray)}
     target = given.target._replace(**moved)
     stats = "stats" in case.options.split()
-    place = lambda: _placed(given.logits, case.offset, case.gap)  # noqa: E731
+    place = lambda: placed(given.logits, case.offset, case.gap)  # noqa: E731
     logits, scale = place(), asarray(given.row_scale)
 
     def empty(over: Any) -> Any:
         """Give where a gradient goes."""
         if case.out in ("new", "same", "shifted"):
             other = {"new": 0, "same": case.offset, "shifted": case.offset + 1}[case.out]
-            return _placed(np.full_like(given.logits, np.nan), other, case.gap)
+            return placed(np.full_like(given.logits, np.nan), other, case.gap)
         return over.view(np.dtype(getattr(ml_dtypes, case.out, case.out)))[:, : case.C]
 
     forward = backend.cross_entropy_forward(logits, target, stats)
@@ -165,10 +162,21 @@ def run(case: Case, backend: Any) -> Result:
     return Result(host(rows), out.get(), host(forward), separate.get())
 
 
-def _placed(x: np.ndarray[Any, Any], offset: int, gap: int) -> Any:
+def far_apart(x: Any, dtype: Any) -> Any:
+    """Put a matrix on the device, its rows more than 2³¹ elements apart; nothing between is ever touched."""
+    cupy = fake.cupy()
+    rows, columns = x.shape
+    distance = 2**31 + 8
+    with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):  # not filled with NaN
+        store = cupy.empty((rows - 1) * distance + columns, dtype)
+    view = cupy.lib.stride_tricks.as_strided(store, (rows, columns), (distance * store.itemsize, store.itemsize))
+    view[...] = cupy.asarray(x.astype(dtype))
+    return view
+
+
+def placed(x: np.ndarray[Any, Any], offset: int, gap: int) -> Any:
     """Put a matrix on the device, `offset` elements after a boundary, with `gap` elements between the rows."""
     N, C = x.shape
-    store = stand_in.asarray(np.full(offset + N * (C + gap), np.nan).astype(x.dtype))
-    view = store[offset : offset + N * (C + gap)].reshape(N, C + gap)[:, :C]
-    view._host[...] = x
-    return view
+    store = np.full(offset + N * (C + gap), np.nan).astype(x.dtype)
+    store[offset:].reshape(N, C + gap)[:, :C] = x
+    return fake.cupy().asarray(store)[offset:].reshape(N, C + gap)[:, :C]

@@ -1,40 +1,61 @@
-"""Break the kernels in one place at a time, and see whether the checks notice.
+"""Break the kernels or the host code in one place at a time, and see whether the tests notice.
 
     python tests/cuda/mutants.py            prints the table of docs/cuda.md; fails if a mutant survives
     python tests/cuda/mutants.py 3 17       only these
 
-A mutant is a line of a kernel with one piece replaced. It is killed by the first check of `checks.py` that fails, in
-either order of fibers; what no order can show, by ThreadSanitizer with all blocks running at the same time.
+A mutant is a piece of a file replaced. It is killed by the first test that fails on it, on real CuPy over the fake driver;
+a kernel's, if no order of fibers shows it, by ThreadSanitizer with all blocks running at the same time.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import multiprocessing
 import multiprocessing.pool
+import os
+import shlex
 import sys
-import tempfile
-import traceback
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import branches
-import checks
-import cpu_kernels
-import recording
-import stand_in
+import fakecuda
+import numba  # noqa: F401 - once, for all processes that are forked
+import pytest
 
-from swl.backends.cupy import backend as _cupy
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "cuda"), str(ROOT / "tests"), str(ROOT)]
 
-FLOAT = branches.DTYPES[:1]
+KERNELS = ("cross_entropy", "affine", "common")
+TESTS = {
+    "sweep": "test_kernels.py -k 'every_branch and float32'",
+    "ids": "test_kernels.py -k class_ids",
+    "affine": "test_kernels.py -k column_sums",
+    "offset": "test_kernels.py -k offsets",
+    "digits": "test_kernels.py -k digits",
+    "shard": "test_kernels.py -k shard",
+}
+"""Which tests a mutant is shown to, by the last word of its line."""
 
 
 class Mutant(NamedTuple):
     what: str
-    file: str
+    file: str  # of kernels/, or a module of swl
     old: str
     new: str
-    check: str = "sweep"  # which check to run first; "ids", "affine"
+    tests: str = "sweep"
+
+    def is_in(self, name: str) -> bool:
+        """Tell whether a source file has this text, its header included."""
+        return self.file in (name, "common")
+
+    def replaced(self, text: str) -> str:
+        """Return the text with the piece replaced."""
+        if self.old not in text:
+            raise ValueError(f"not in the source: {self.old}")
+        return text.replace(self.old, self.new)
 
 
 MUTANTS = (
@@ -332,53 +353,76 @@ MUTANTS = (
 )
 
 
-def check_of(mutant: Mutant) -> None:
-    """Run the checks on the kernels as `_cupy.source` gives them; raises if one fails."""
-    make = lambda: _cupy.CupyBackend(stand_in)  # noqa: E731
-    if mutant.check == "ids":
-        checks.check_ids(make)
-    elif mutant.check == "affine":
-        checks.check_affine(make, FLOAT)
-    elif mutant.check == "offset":
-        checks.check_offsets(make)
-    elif mutant.check == "digits":
-        checks.check_digits(make)
-    elif mutant.check == "shard":
-        checks.check_shard(make)
-    else:
-        for case in branches.cases(FLOAT):
-            checks.check_case(case, make)
+class _Broken(importlib.machinery.SourceFileLoader):
+    """Loads a module with a piece of its text replaced."""
+
+    def __init__(self, mutant: Mutant, file: str) -> None:
+        super().__init__(mutant.file, file)
+        self.mutant = mutant
+
+    def path_stats(self, path: Any) -> Any:
+        raise OSError("its bytecode is not to be kept")
+
+    def source_to_code(self, data: Any, path: Any, **more: Any) -> Any:
+        return super().source_to_code(self.mutant.replaced(data.decode()).encode(), path, **more)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, mutant: Mutant) -> None:
+        self.mutant = mutant
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.mutant.file:
+            return None
+        file = str(ROOT / name.replace(".", "/")) + ".py"
+        return importlib.util.spec_from_file_location(name, file, loader=_Broken(self.mutant, file))
+
+
+class _Killer:
+    """Notes the first test that fails, and what it says."""
+
+    said = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.said:
+            test = report.nodeid.split("::")[-1].split("[")[0].removeprefix("test_").replace("_", " ")
+            crash = getattr(report.longrepr, "reprcrash", None)
+            words = crash.message if crash else str(report.longrepr)
+            self.said = f"{test}: {' '.join(words.removeprefix('AssertionError: ').split())[:60]}"
 
 
 def verdict(number: int) -> str:
-    """Give the check that kills a mutant and what it says, or an empty string if it survives."""
+    """Return the test that kills a mutant and what it says, or an empty string if it survives."""
     mutant = MUTANTS[number]
-    original = _cupy.source
+    if mutant.file not in KERNELS:
+        sys.meta_path.insert(0, _Finder(mutant))
+    backend = importlib.import_module("swl.backends.cupy.backend")
+    if mutant.file in KERNELS:
+        original = backend.source
+        backend.source = lambda name: mutant.replaced(original(name)) if mutant.is_in(name) else original(name)
+    killer = _Killer()
+    file, *words = shlex.split(TESTS[mutant.tests])
+    command = ["-x", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(ROOT / "tests" / "cuda" / file), *words]
+    status = pytest.main(command, plugins=[killer])
+    if status not in (0, 1):
+        raise RuntimeError(f"pytest ended with {status}")
+    return killer.said or (_races(backend) if mutant.file in KERNELS and mutant.tests == "sweep" else "")
 
-    def broken(name: str) -> str:
-        text = original(name)
-        if mutant.file not in (name, "common"):
-            return text
-        assert mutant.old in text, f"mutant {number} is not in the source: {mutant.old}"
-        return text.replace(mutant.old, mutant.new)
 
-    _cupy.source = broken  # type: ignore[assignment]
-    stand_in.OPTIMISE = "-O0"
+def _races(backend: Any) -> str:
+    """Return what ThreadSanitizer says of the float32 kernels."""
+    import branches
+    import fake
+    import recording
+
     with recording.recording() as made:
-        try:
-            check_of(mutant)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            if "not in the source" in str(error) or str(error).startswith(cpu_kernels.CXX):
-                raise
-            what = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or ""
-            return f"{mutant.check}: {' '.join(what.split())[:80]}"
-    with tempfile.TemporaryDirectory() as folder:
-        for names, launches in made.launches.items():
-            complaint = recording.replay(
-                made.libraries[names], bytes(launches), recording.THREAD, cpu_kernels.THREADS, Path(folder)
-            )
-            if complaint:
-                return f"ThreadSanitizer: {' '.join(complaint.split())[:80]}"
+        for case in branches.cases(branches.DTYPES[:1]):
+            with branches.small_device(case.processors, case.shared):
+                branches.run(case, backend.CupyBackend(fake.cupy()))
+    for names, source in made.sources.items():
+        complaint = recording.replay(source, names, made.records[names], recording.THREAD)
+        if complaint:
+            return f"ThreadSanitizer: {' '.join(complaint.split())[:60]}"
     return ""
 
 
@@ -387,23 +431,32 @@ def _in_a_process(number: int) -> str:
     parent, child = multiprocessing.get_context("fork").Pipe(duplex=False)
 
     def judge() -> None:
-        with contextlib.redirect_stderr(None):
-            child.send(verdict(number))
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), 2)
+            try:
+                child.send(verdict(number))
+            except Exception as error:
+                child.send(f"error: {error!r}")
 
     process = multiprocessing.get_context("fork").Process(target=judge)
     process.start()
     child.close()
     try:
-        said = parent.recv()
+        said = parent.recv() if parent.poll(300) else "error: no end"
     except EOFError:
         process.join()
         said = f"crash: signal {-process.exitcode}" if process.exitcode < 0 else f"error: exit {process.exitcode}"
+    process.kill()
     process.join()
     return said
 
 
 def main(chosen: list[int]) -> int:
     """Print the table; return the number of survivors."""
+    if reason := fakecuda.install() or fakecuda.missing():
+        sys.exit(reason)
+    importlib.import_module("cupy")
     numbers = chosen or list(range(len(MUTANTS)))
     with multiprocessing.pool.ThreadPool(2) as pool:
         verdicts = pool.map(_in_a_process, numbers, chunksize=1)

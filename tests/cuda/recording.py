@@ -1,70 +1,117 @@
-"""Record launches with their memory, and repeat them in a program built with a sanitizer (shim/replay.h)."""
+"""Record launches with their memory, and repeat them in a program built with a sanitizer (fakecuda/replay.cpp)."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 import subprocess
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import cpu_kernels
+import fake
 import numpy as np
-import stand_in
+from fakecuda import build, strict
 
 from swl.backends.cupy.structs import Argument
 
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr")
-THREAD = ("-fsanitize=thread", "-DSHIM_THREADS")
+THREAD = ("-fsanitize=thread", "-DFAKE_THREADS")
 
 
-class Recording:
-    """Launches, by the library that they ran in."""
+class Region(NamedTuple):
+    """A piece of memory before and after."""
 
-    def __init__(self) -> None:
-        self.launches: dict[tuple[str, ...], bytearray] = defaultdict(bytearray)  # by the kernels of the library
-        self.libraries: dict[tuple[str, ...], Any] = {}
-        self.kernels: set[str] = set()
-        self._regions: list[tuple[int, int]] = []
+    low: int
+    before: bytes
+    after: bytes
 
-    def __call__(self, library: Any, name: str, sizes: Any, args: Any, report: Any) -> None:
-        """Observe a launch, before (`report` None) and after."""
-        if report is None:
-            arrays = [a for a in stand_in._pointed_to(args) if isinstance(a, stand_in.ndarray) and a.size]
-            self._regions = _merged(sorted(map(_bounds, arrays)))
-            self._before = [_memory(r) for r in self._regions]
-            return
-        out = self.launches[tuple(library.names)]
-        self.libraries[tuple(library.names)] = library
-        out += struct.pack("8q", library.names.index(name), *sizes)
-        out += struct.pack("q", len(self._regions))
-        for region, before in zip(self._regions, self._before, strict=True):
-            out += struct.pack("2q", region[0] % 16, len(before)) + before + _memory(region)
-        out += struct.pack("q", len(args))
-        for arg in args:
-            if isinstance(arg, Argument):
-                offsets = {arg.dtype.fields[f][1]: v for f, v in arg.values.items() if isinstance(v, stand_in.ndarray)}
-                out += struct.pack("3q", 3, arg.nbytes, len(offsets)) + arg.tobytes()
-                for offset, array in offsets.items():
-                    out += struct.pack("2q", offset, self._place(array))
-            elif isinstance(arg, stand_in.ndarray):
-                out += struct.pack("2q", 1, self._place(arg))
-            else:
-                out += struct.pack("q", 2 if isinstance(arg, np.uint64) else 0) + arg.tobytes().ljust(8, b"\0")
-        self.kernels.add(name)
 
-    def _place(self, array: Any) -> int:
-        """Give region and offset of an array as one number; -1 for one without elements."""
-        ptr = array.data.ptr
-        found = (i << 40 | (ptr - low) for i, (low, high) in enumerate(self._regions) if low <= ptr < high)
+class Call(NamedTuple):
+    """A launch: its kernel, geometry, and of each argument the bytes and the pointers in them."""
+
+    name: str
+    sizes: tuple[int, ...]
+    args: list[tuple[bytes, dict[int, int]]]
+
+
+class Record(NamedTuple):
+    """Launches that may run at the same time, and the memory that they may touch."""
+
+    regions: list[Region]
+    calls: list[Call]
+
+    def beside(self, other: Record) -> Record:
+        """Return both at once; what comes out is then not known."""
+        regions = {r.low: r._replace(after=b"") for r in (*other.regions, *self.regions)}
+        return Record([*regions.values()], [*self.calls, *other.calls])
+
+    def packed(self, names: list[str]) -> bytes:
+        """Write it as replay.cpp reads it."""
+        out = struct.pack("q", len(self.regions))
+        for low, before, after in self.regions:
+            out += struct.pack("2q", low % 16, len(before)) + before + struct.pack("q", len(after)) + after
+        out += struct.pack("q", len(self.calls))
+        for name, sizes, args in self.calls:
+            out += struct.pack("9q", names.index(name), *sizes, len(args))
+            for value, pointers in args:
+                out += struct.pack("q", len(value)) + value + struct.pack("q", len(pointers))
+                for at, pointer in pointers.items():
+                    out += struct.pack("2q", at, self._place(pointer))
+        return out
+
+    def _place(self, pointer: int) -> int:
+        """Return region and offset of an address as one number; -1 for one of no element."""
+        found = (
+            i << 40 | (pointer - r.low) for i, r in enumerate(self.regions) if 0 <= pointer - r.low < len(r.before)
+        )
         return next(found, -1)
 
 
+class Recording:
+    """Launches, by the kernels of the module that they are of."""
+
+    def __init__(self) -> None:
+        self.records: dict[tuple[str, ...], list[Record]] = {}
+        self.sources: dict[tuple[str, ...], str] = {}
+
+    def __call__(self, launch: strict.Launch) -> None:
+        """Observe a launch, before and after."""
+        with strict.unwatched():
+            fake.cupy().cuda.Device().synchronize()
+        arrays = [x for arg in launch.args for x in _pointers(arg).values() if x.size]
+        if not launch.done:
+            self._before = [(low, _memory(low, high)) for low, high in _merged(sorted(map(_bounds, arrays)))]
+            return
+        regions = [Region(low, before, _memory(low, low + len(before))) for low, before in self._before]
+        args = [(_bytes(arg), {at: x.data.ptr for at, x in _pointers(arg).items()}) for arg in launch.args]
+        names = launch.module.names
+        self.sources[names] = launch.module.code
+        self.records.setdefault(names, []).append(Record(regions, [Call(launch.name, launch.sizes, args)]))
+
+    @property
+    def kernels(self) -> set[str]:
+        """Return the kernels that were launched."""
+        return {call.name for records in self.records.values() for record in records for call in record.calls}
+
+
+def _pointers(arg: Any) -> dict[int, Any]:
+    """Return the arrays that an argument points to, by where in it their addresses lie."""
+    array = fake.cupy().ndarray
+    if isinstance(arg, Argument):
+        return {arg.dtype.fields[f][1]: v for f, v in arg.values.items() if isinstance(v, array)}
+    return {0: arg} if isinstance(arg, array) else {}
+
+
+def _bytes(arg: Any) -> bytes:
+    return arg.tobytes() if isinstance(arg, np.ndarray | np.generic) else bytes(8)
+
+
 def _bounds(x: Any) -> tuple[int, int]:
-    return np.lib.array_utils.byte_bounds(x._host)
+    steps = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
+    return x.data.ptr + sum(min(s, 0) for s in steps), x.data.ptr + sum(max(s, 0) for s in steps) + x.itemsize
 
 
 def _merged(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -77,35 +124,67 @@ def _merged(bounds: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged
 
 
-def _memory(region: tuple[int, int]) -> bytes:
-    return ctypes.string_at(region[0], region[1] - region[0])
+def _memory(low: int, high: int) -> bytes:
+    return ctypes.string_at(low, high - low)
 
 
 @contextmanager
 def recording() -> Iterator[Recording]:
     """Record the launches made inside."""
     made = Recording()
-    stand_in.observers.append(made)
+    strict.observers.append(made)
     try:
         yield made
     finally:
-        stand_in.observers.remove(made)
+        strict.observers.remove(made)
 
 
-def replay(library: Any, launches: bytes, flags: tuple[str, ...], mode: int, folder: Path) -> str:
-    """Repeat launches in a program built with `flags`; give what it has to complain about, or nothing."""
-    program = cpu_kernels.build(
-        library.source, library.names, ("-O1", "-g1", *flags), suffix="", extra='#include "replay.h"\n'
+def replay(source: str, names: Iterable[str], records: list[Record], flags: tuple[str, ...], reverse: int = 0) -> str:
+    """Repeat launches in a program built with `flags`; return what it has to complain about, or nothing."""
+    include = (f"-I{build.HERE}", f"-I{build.driver() / 'include'}")
+    common = (
+        build.CXX,
+        "-std=c++17",
+        "-w",
+        "-g1",
+        "-O1",
+        "-ffp-contract=off",
+        "-pthread",
+        "-ftls-model=initial-exec",
+        *flags,
+        *include,
     )
-    file = folder / "launches"
-    file.write_bytes(launches)
+    headers = sorted(p for p in build.HERE.rglob("*") if p.suffix in (".h", ".cpp"))
+    names = sorted(names)
+
+    def program(to: Path) -> None:
+        build.run(*common, build.HERE / "replay.cpp", "-o", to / "replay", "-ldl")
+
+    def library(to: Path) -> None:
+        table = "".join(f'fake_kernel("{name}", &{name}), ' for name in names)
+        (to / "kernels.cpp").write_text(
+            f'#include "device.h"\n{source}\n#define FAKE_API extern "C" __attribute__((visibility("default")))\n'
+            f"FAKE_API const FakeKernel* fake_kernels() {{ static const FakeKernel all[] = {{ {table}{{}} }}; return all; }}\n"
+            "FAKE_API int fake_flags[3]; int fake_flags[3] = {1};\n"
+        )
+        build.run(*common, "-shared", "-fPIC", to / "kernels.cpp", "-o", to / "kernels.so")
+
+    run = build.kept(f"replay-{build.digest(common, *headers)}", program)
+    kernels = build.kept(f"replayed-{build.digest(common, *headers, source, names)}", library)
+    file = kernels / f"launches.{os.getpid()}"
+    file.write_bytes(b"".join(record.packed(names) for record in records))
     # the address space of a thread sanitizer does not fit where the kernel has spread the program's own too far
-    command = ["setarch", "--addr-no-randomize", str(program), str(file), str(mode)]
+    command = ["setarch", "--addr-no-randomize", run / "replay", kernels / "kernels.so", file, str(reverse)]
+    options = {
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0",
+        "TSAN_OPTIONS": "report_thread_leaks=0",
+    }
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **options}
+        )
     except subprocess.TimeoutExpired:
         return "the launches do not end: a barrier or shuffle that not all threads reach"
-    lines = done.stderr.splitlines()
-    # AddressSanitizer says so of every program with fibers; its shadow of their stacks is right nevertheless
-    complaint = "\n".join(line for line in lines if "ASan doesn't fully support makecontext" not in line)
-    return complaint or (f"ended with {done.returncode}" if done.returncode else "")
+    finally:
+        file.unlink()
+    return done.stderr or (f"ended with {done.returncode}" if done.returncode else "")

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import compile_table
-import numpy as np
 import pytest
-import stand_in
 
-from swl.backends.cupy.backend import CupyBackend
+from swl.backends.cupy.backend import CupyBackend, instances
 
 pytestmark = pytest.mark.skipif(compile_table.missing() is not None, reason=str(compile_table.missing()))
 
@@ -35,29 +33,23 @@ def test_occupancy(registers: int, threads: int, shared: int, on: tuple[str, flo
     assert compile_table.occupancy(on[0], registers, threads, shared) == on[1]
 
 
-def test_kernels_are_compiled_with_the_options_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_module_is_compiled_with_the_options_of_the_table(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No contraction, which the bits of fused and separate sweeps depend on; and what CuPy adds."""
     from cupy.cuda import compiler
 
     given: list[tuple[str, ...]] = []
+    original = compiler._preprocess
 
-    def preprocess(_source: str, options: tuple[str, ...], *_: object) -> None:
-        given.append(options)
-        raise InterruptedError
+    def preprocess(source: str, options: tuple[str, ...], *rest: Any) -> Any:
+        given.append(tuple(option for option in options if not option.startswith("-I")))
+        return original(source, options, *rest)
 
-    class RawModule(stand_in.RawModule):
-        def __init__(self, *, options: tuple[str, ...], **rest: Any) -> None:
-            with pytest.raises(InterruptedError):  # as far as CuPy gets without a device
-                compiler._compile_with_cache_cuda("", options, "90")
-            super().__init__(options=options, **rest)
-
+    cupy.clear_memo()  # it keeps modules by their sources
+    backend = CupyBackend(cupy)
+    device = backend._device(cupy.zeros(1))
     monkeypatch.setattr(compiler, "_preprocess", preprocess)
-    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: (f"-arch=sm_{arch}", "cubin"))
-    monkeypatch.setattr(compiler, "_empty_file_preprocess_cache", {})
-    monkeypatch.setattr(stand_in, "RawModule", RawModule)
-    backend = CupyBackend(stand_in)
-    backend.prepare_ids(backend.asarray(np.zeros(3, int)), 5, -100, None)
-    ones = backend.asarray(np.ones((3, 3), np.float32))
-    backend.affine_backward(ones, ones, ones, None, None, backend.empty((3,), np.float32))
-    assert given == [(*compile_table.OPTIONS, *compile_table.CUPY_ADDS)] * 2
-    assert given[0] == ("-std=c++17", "-fmad=false", "-ftz=true")
+    for names in instances().values():
+        monkeypatch.setattr(compiler, "_empty_file_preprocess_cache", {})
+        backend._kernel(device, names[0])
+    assert given == [("-std=c++17", "-fmad=false", "-ftz=true")] * len(instances())
+    assert (*compile_table.OPTIONS, *compile_table.CUPY_ADDS) == given[0]

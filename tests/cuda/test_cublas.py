@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import cpu_kernels
-import emulated
+import fake
+import fakecuda
 import ml_dtypes
 import numpy as np
 import pytest
-import stand_in
-from needs import CUPY, TORCH
+from fakecuda import strict
+from needs import TORCH
 
 import swl
 from swl.backends.protocol import TF32
 
-pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
+pytestmark = pytest.mark.usefixtures("on_fake")
 
 N, D, C = 40, 64, 700
 ONE, ROWS, BOTH = 10**7, 4 * 25 * C, 4 * 4000
@@ -27,11 +27,8 @@ SHORT = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
 
 @pytest.fixture(autouse=True)
-def _emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    emulated.register()
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swl.ops.chunks.MIN_ROWS", 8)
-    with swl.use_backend(emulated.NAME):
-        yield
 
 
 def operands(dtype: Any) -> tuple[Any, Any, Any]:
@@ -41,12 +38,15 @@ def operands(dtype: Any) -> tuple[Any, Any, Any]:
 
 
 @contextmanager
-def allocated() -> Iterator[list[tuple[Any, Any]]]:
-    """List shape and dtype of all memory taken within."""
-    seen: list[tuple[Any, Any]] = []
-    original = stand_in._aligned
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stand_in, "_aligned", lambda shape, t: seen.append((shape, np.dtype(t))) or original(shape, t))
+def allocated() -> Iterator[list[int]]:
+    """List the bytes of all memory taken within."""
+    seen: list[int] = []
+
+    def malloc(size: int) -> Any:
+        seen.append(size)
+        return strict.poisoned(size)
+
+    with fake.cupy().cuda.using_allocator(malloc):
         yield seen
 
 
@@ -59,13 +59,15 @@ def test_all_products_of_a_16_bit_head_take_16_bit_operands(dtype: Any, budget: 
     W = swl.asarray(np.ascontiguousarray(W.T)).T if turned else swl.asarray(W)
     cut = swl.plan(N, D, C, dtype=dtype, memory_budget=budget)
     assert (cut.rows < N, cut.classes < C) == {ONE: (False, False), ROWS: (True, False), BOTH: (True, True)}[budget]
-    with stand_in.recorded() as works, allocated() as memory:
+    with fakecuda.recorded() as works, allocated() as memory:
         swl.linear_cross_entropy_value_and_grad(x, W, t, memory_budget=budget)
     products = [work.what for work in works if work.what.startswith("gemmEx")]
     assert len(products) == cut.products * cut.chunks
     assert [p for p in products if not p.startswith(f"gemmEx of {dtype.name}")] == []
-    as_large_as_W = [dtype.itemsize for shape, dtype in memory if np.prod(shape) >= D * C]
-    assert sorted(as_large_as_W) == ([2, 4] if cut.accumulators else [2])  # the gradient, and what it was added up in
+    as_large_as_W = [size for size in memory if size >= 2 * D * C and size != 4 * cut.rows * cut.classes]
+    assert sorted(size / (D * C) for size in as_large_as_W) == (
+        [2, 4] if cut.accumulators else [2]
+    )  # the gradient, and what it was added up in
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
@@ -93,7 +95,7 @@ def test_the_gradient_of_the_logits_is_rounded_once(dtype: Any, budget: int) -> 
 def test_float32_and_mixed_operands_stay_float32() -> None:
     x, W, t = operands(np.float32)
     for left, right in ((x, W), (x.astype(np.float16), W), (x, W.astype(ml_dtypes.bfloat16))):
-        with stand_in.recorded() as works:
+        with fakecuda.recorded() as works:
             swl.linear_cross_entropy_value_and_grad(*map(swl.asarray, (left, right, t)))
         products = [work.what for work in works if work.what.startswith("gemmEx")]
         assert [re.sub(" into.*", "", p) for p in products] == ["gemmEx of float32"] * 3
@@ -101,28 +103,32 @@ def test_float32_and_mixed_operands_stay_float32() -> None:
 
 def test_the_callers_math_mode_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     x, W, t = map(swl.asarray, operands(np.float16))
-    handle = stand_in.cuda.device.get_cublas_handle()
-    monkeypatch.setitem(stand_in._math_modes, handle, 3)
+    cublas, handle = fake.cupy().cuda.cublas, fake.cupy().cuda.device.get_cublas_handle()
+    cublas.setMathMode(handle, 3)
     swl.linear_cross_entropy_value_and_grad(x, W, t)
-    assert stand_in.getMathMode(handle) == 3
+    assert cublas.getMathMode(handle) == 3
 
     def fails(*_: Any) -> None:
-        assert stand_in.getMathMode(handle) == 3 | 16
+        assert cublas.getMathMode(handle) == 3 | 16
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
 
-    monkeypatch.setattr(stand_in.cuda.cublas, "gemmEx", fails)
+    monkeypatch.setattr(cublas, "gemmEx", fails)
     with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
         swl.affine(x, W)
-    assert stand_in.getMathMode(handle) == 3
+    assert cublas.getMathMode(handle) == 3
+    cublas.setMathMode(handle, 0)
 
 
-@pytest.mark.parametrize(("cupy", "torch", "used"), [(0, None, 68), (7, None, 77), (0, True, 77), (7, False, 68)])
+@pytest.mark.parametrize(
+    ("asked_of_cupy", "torch", "used"), [(0, None, 68), (7, None, 77), (0, True, 77), (7, False, 68)]
+)
 def test_tf32_is_used_where_it_was_asked_for_and_nowhere_else(
-    monkeypatch: pytest.MonkeyPatch, cupy: int, torch: bool | None, used: int
+    monkeypatch: pytest.MonkeyPatch, asked_of_cupy: int, torch: bool | None, used: int
 ) -> None:
-    original, types = stand_in.gemmEx, []
-    monkeypatch.setattr(stand_in.cuda.cublas, "gemmEx", lambda *args: types.append(args[-2]) or original(*args))
-    monkeypatch.setattr(stand_in._core, "get_compute_type", lambda _: cupy)
+    cublas, types = fake.cupy().cuda.cublas, []
+    original = cublas.gemmEx
+    monkeypatch.setattr(cublas, "gemmEx", lambda *args: types.append(args[-2]) or original(*args))
+    monkeypatch.setattr(fake.cupy()._core, "get_compute_type", lambda _: asked_of_cupy)
     asked = TF32.set(torch)
     try:
         for dtype, wanted in ((np.float32, used), (np.float64, 70), (np.float16, 68)):
@@ -134,10 +140,10 @@ def test_tf32_is_used_where_it_was_asked_for_and_nowhere_else(
 
 
 def test_cupys_names_for_tf32_are_these() -> None:
-    linalg = pytest.importorskip("cupy._core._routines_linalg", reason=CUPY)
-    assert linalg.compute_type_to_str(7) == "COMPUTE_TYPE_TF32"
-    core = pytest.importorskip("cupy._core", reason=CUPY)
-    assert callable(core.get_compute_type)
+    from cupy._core import _routines_linalg, get_compute_type
+
+    assert _routines_linalg.compute_type_to_str(7) == "COMPUTE_TYPE_TF32"
+    assert callable(get_compute_type)
 
 
 def test_torch_is_asked_in_its_newer_way_or_in_the_older(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,19 +16,12 @@ from fakecuda import strict
 
 import swl
 from swl.backends import get
+from swl.backends.cupy.backend import CupyBackend
+from swl.backends.protocol import Target
+
+pytestmark = pytest.mark.usefixtures("on_fake")
 
 N, D, C = 40, 24, 300
-
-
-@pytest.fixture(autouse=True)
-def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    reason = fake.register() or fakecuda.missing()
-    if reason:
-        pytest.skip(reason)
-    monkeypatch.setattr(fake.registry, "_DEVICE", fake.NAME)
-    with swl.use_backend(fake.NAME):
-        yield fake.cupy()
-    fakecuda.forgive()
 
 
 def as_swl(code: str, **names: Any) -> Any:
@@ -390,3 +383,57 @@ def test_the_fake_cannot_be_taken_for_a_card(cupy: Any) -> None:
     with pytest.raises(swl.BackendUnavailable, match="in this process CuPy runs on a fake one"):
         get("cupy")
     assert re.match("fake CUDA device", get(fake.NAME).info()["device 0"])
+
+
+# ------------------------------------------------------------------------------------------------ the backend
+
+
+def test_several_threads_at_once(cupy: Any) -> None:
+    z = np.random.default_rng(0).normal(size=(8, 200)).astype(np.float32)
+    want = swl.cross_entropy_value_and_grad(z, np.arange(8), backend="numpy")
+    results: list[Any] = [None] * 4
+
+    def work(i: int) -> None:
+        backend = CupyBackend(cupy) if i % 2 else get(fake.NAME)
+        for _ in range(20):
+            ids, _, _ = backend.prepare_ids(backend.asarray(np.arange(8)), 200, -100, None)
+            out, scale = backend.empty(z.shape, z.dtype), backend.asarray(np.full(1, 1 / 8, np.float32))
+            rows = backend.cross_entropy_forward_backward(backend.asarray(z), Target(ids=ids), scale, out, False)
+            results[i] = rows.loss.get().mean(), out.get()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for loss, grad in results:
+        np.testing.assert_allclose(loss, want[0], rtol=1e-6)
+        np.testing.assert_allclose(grad, want[1], atol=1e-7)
+
+
+@pytest.mark.parametrize("row", [9, 10])
+def test_elements_off_their_boundary_are_refused(cupy: Any, on_fake: CupyBackend, row: int) -> None:
+    store = on_fake.asarray(np.zeros(4 * row, np.uint8))
+    x = cupy.lib.stride_tricks.as_strided(store[:32].view(np.float32), (4, 2), (row, 4))
+    ids = on_fake.asarray(np.zeros(4, int))
+    W = on_fake.asarray(np.ones((2, 3), np.float32))
+    with pytest.raises(ValueError, match=rf"multiples of 4 bytes only, got .* strides \({row}, 4\)"):
+        swl.cross_entropy(x, ids)
+    with pytest.raises(ValueError, match="multiples of 4 bytes only"):
+        swl.affine(x, W)
+    swl.cross_entropy(x[:1], ids[:1])  # a row of no neighbour, or an array of no element, lies where it may
+    swl.affine(x[:0], W)
+
+
+def test_info_names_versions_and_devices(on_fake: CupyBackend) -> None:
+    found = on_fake.info()
+    assert re.fullmatch(r"CUDA 1[23]\.\d", found["driver"])
+    assert "compute capability 9.0" in found["device 0"]
+
+
+def test_state_is_read_when_the_stream_of_its_device_is_done(cupy: Any) -> None:
+    with cupy.cuda.Device(1), cupy.cuda.Stream(non_blocking=True), cupy.cuda.Device(0):
+        with cupy.cuda.Device(1):
+            layer = swl.Affine(cupy.zeros((3, 3), np.float32))
+            layer.W += 1
+        assert np.all(swl.Sequential(layer).state_dict()["0.W"] == 1)

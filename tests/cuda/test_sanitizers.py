@@ -7,39 +7,47 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import branches
 import checks
-import cpu_kernels
+import fake
+import numpy as np
 import pytest
 import recording
-import stand_in
 
 from swl.backends.cupy.backend import CupyBackend, instances
 
-pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
+pytestmark = pytest.mark.usefixtures("on_fake")
 
 
 def record(cases: Iterable[branches.Case]) -> recording.Recording:
     """Record the launches of cases, of class ids and of affine maps."""
     with recording.recording() as made, pytest.MonkeyPatch.context() as patch:
-        for case in cases:
-            with branches.small_device(case.processors, case.shared):
-                branches.run(case, CupyBackend(stand_in))
+        sweep(cases)
         patch.setattr(checks, "both_orders", lambda run: run())
-        checks.check_ids(lambda: CupyBackend(stand_in))
-        checks.check_affine(lambda: CupyBackend(stand_in))
+        checks.check_ids(make)
+        checks.check_affine(make)
     return made
 
 
+def make() -> CupyBackend:
+    return CupyBackend(fake.cupy())
+
+
+def sweep(cases: Iterable[branches.Case]) -> None:
+    for case in cases:
+        with branches.small_device(case.processors, case.shared):
+            branches.run(case, make())
+
+
 @pytest.fixture(scope="module")
-def launches() -> recording.Recording:
+def launches(cupy: Any) -> recording.Recording:
     return record(branches.cases())
 
 
 @pytest.fixture(scope="module")
-def synchronising() -> recording.Recording:
+def synchronising(cupy: Any) -> recording.Recording:
     """All branches in float32, and for the other dtypes the variants in which threads wait for each other.
 
     Which thread touches what depends on the dtype only by the length of a pack, and threads are slow to make.
@@ -51,65 +59,65 @@ def synchronising() -> recording.Recording:
 MODULES = [names[0] for names in instances().values()]  # each by its first kernel
 
 
-def replay(made: recording.Recording, module: str, flags: tuple[str, ...], mode: int, folder: Path) -> None:
-    (names,) = (names for names in made.launches if names[0] == module)
-    complaint = recording.replay(made.libraries[names], bytes(made.launches[names]), flags, mode, folder)
+def replay(made: recording.Recording, module: str, flags: tuple[str, ...], reverse: int = 0) -> None:
+    (names,) = (names for names in made.records if names[0] == module)
+    complaint = recording.replay(made.sources[names], names, made.records[names], flags, reverse)
     assert not complaint, complaint[:4000]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_access_out_of_bounds(launches: recording.Recording, module: str, tmp_path: Path) -> None:
-    for mode in (cpu_kernels.FORWARD, cpu_kernels.REVERSE):
-        replay(launches, module, recording.ADDRESS, mode, tmp_path)
+def test_no_access_out_of_bounds(launches: recording.Recording, module: str) -> None:
+    for reverse in (0, 1):
+        replay(launches, module, recording.ADDRESS, reverse)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_race_with_all_blocks_at_the_same_time(
-    synchronising: recording.Recording, module: str, tmp_path: Path
-) -> None:
-    replay(synchronising, module, recording.THREAD, cpu_kernels.THREADS, tmp_path)
+def test_no_race_with_all_blocks_at_the_same_time(synchronising: recording.Recording, module: str) -> None:
+    replay(synchronising, module, recording.THREAD)
 
 
-@pytest.mark.parametrize(
-    ("flags", "mode", "old", "new", "words"),
-    [
-        (
-            recording.THREAD,
-            cpu_kernels.THREADS,
-            "  __syncthreads();  // warp 0 reads",
-            "  // warp 0 reads",
-            "data race",
-        ),
-        (
-            recording.THREAD,
-            cpu_kernels.THREADS,
-            "store(to + 1, sums.exp);",
-            "store(to + 1 - s * SUMS, load(to + 1 - s * SUMS) + sums.exp);",
-            "data race",
-        ),
-        (
-            recording.ADDRESS,
-            cpu_kernels.FORWARD,
-            "C - c < V ? (int)(C - c) : V",
-            "V",
-            "heap-buffer-overflow",
-        ),
-    ],
-    ids=["missing barrier", "blocks add to one another's sums", "tail"],
-)
-def test_a_broken_kernel_is_seen(
-    flags: tuple[str, ...], mode: int, old: str, new: str, words: str, tmp_path: Path
-) -> None:
-    cases = [c for c in branches.cases(branches.DTYPES[:1]) if c.options == branches.ALL and not c.dense]
-    cases = [c for c in cases if c.out in ("new", "same", "shifted")]  # those of one module
+BROKEN = {
+    "missing barrier": (recording.THREAD, "  __syncthreads();  // warp 0 reads", "  // warp 0 reads", "data race"),
+    "blocks add to one another's sums": (
+        recording.THREAD,
+        "store(to + 1, sums.exp);",
+        "store(to + 1 - s * SUMS, load(to + 1 - s * SUMS) + sums.exp);",
+        "data race",
+    ),
+    "tail": (recording.ADDRESS, "C - c < V ? (int)(C - c) : V", "V", "illegal address outside of the arrays"),
+    "head": (recording.ADDRESS, "c < 0 ? (int)-c : 0", "0", "illegal address outside of the arrays"),
+    "staged row": (recording.ADDRESS, "stage[j - KEEP * lanes] = pack", "stage[j] = pack", "heap-buffer-overflow"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_kernel_is_seen(name: str) -> None:
+    flags, old, new, words = BROKEN[name]
+    options = "smoothing" if name == "staged row" else branches.ALL
+    cases = [c for c in branches.cases(branches.DTYPES[:1]) if c.options == options and not c.dense]
     with recording.recording() as made:
-        for case in cases:
-            with branches.small_device(case.processors, case.shared):
-                branches.run(case, CupyBackend(stand_in))
-    ((names, library),) = made.libraries.items()
-    assert old in library.source
-    library.source = library.source.replace(old, new)
-    assert words in recording.replay(library, bytes(made.launches[names]), flags, mode, tmp_path)
+        sweep(c for c in cases if c.out in ("new", "same", "shifted"))  # those of one module
+    ((names, source),) = made.sources.items()
+    assert old in source
+    assert words in recording.replay(source.replace(old, new), names, made.records[names], flags)
+
+
+@pytest.mark.parametrize("claims", [True, False])
+def test_two_streams_at_once_leave_one_error(claims: bool, on_fake: CupyBackend) -> None:
+    """The record of the device is claimed by one atomic: a look at it and a write after that are a race."""
+    bad = on_fake.asarray(np.full(3, 9))
+    with recording.recording() as made:
+        backend = make()
+        keep = [backend.prepare_ids(bad, 5, -100, None) for _ in range(2)]
+    (names,) = made.records
+    first, second = (r for r in made.records[names] if r.calls[0].name.startswith("finish_ids"))
+    source, claim = made.sources[names], "atomicCAS(error_5, 0ull, 1ull) == 0ull"
+    assert claim in source
+    if not claims:
+        source = source.replace(claim, "load(error_5) == 0 && (store(error_5, 1ull), true)")
+    complaint = recording.replay(source, names, [first.beside(second)], recording.THREAD)
+    assert ("data race" in complaint) == (not claims), complaint[:4000]
+    assert keep
 
 
 def test_the_recording_holds_every_kernel_instance(launches: recording.Recording) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import cpu_kernels
 import pytest
 import traffic
 
-pytestmark = pytest.mark.skipif(cpu_kernels.missing_compiler() is not None, reason=str(cpu_kernels.missing_compiler()))
+pytestmark = pytest.mark.usefixtures("on_fake")
 
 
 def test_bytes_per_logit_stay_within_their_limits() -> None:

@@ -1,4 +1,4 @@
-"""Bytes that the kernels read and write for each logit, counted by the emulator.
+"""Bytes that the kernels read and write for each logit, counted by the fake driver.
 
     python tests/cuda/traffic.py            prints the table of docs/cuda.md; fails if a limit is exceeded
 
@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import branches
+import fake
+import fakecuda
 import ml_dtypes
 import numpy as np
-import stand_in
+from fakecuda import strict
 
 from swl.backends.cupy.backend import CupyBackend
 from swl.backends.protocol import Target
@@ -57,25 +59,30 @@ SHAPES = (
 
 def count(call: Callable[[], Any]) -> tuple[list[str], int, int]:
     """Give the kernels that a call launches, and the bytes that they read and write."""
-    seen: list[tuple[str, Any]] = []
+    names: list[str] = []
 
-    def observe(_library: Any, name: str, _sizes: Any, _args: Any, report: Any) -> None:
-        if report:
-            seen.append((name.split("<")[0].removeprefix("ce_"), report))
+    def observe(launch: strict.Launch) -> None:
+        if launch.done:
+            names.append(launch.name.split("<")[0].removeprefix("ce_"))
 
-    stand_in.observers.append(observe)
+    device = fake.cupy().cuda.Device()
+    device.synchronize()
+    fakecuda.traffic()
+    strict.observers.append(observe)
     try:
         call()
     finally:
-        stand_in.observers.remove(observe)
-    return [n for n, _ in seen], sum(r.bytes_read for _, r in seen), sum(r.bytes_written for _, r in seen)
+        strict.observers.remove(observe)
+    device.synchronize()
+    moved = fakecuda.traffic()
+    return names, moved.bytes_read, moved.bytes_written
 
 
 def measure_shape(C: int, scalar: Any, N: int, processors: int, shared: int) -> Iterator[Row]:
     """Run a shape forward, backward and both, and count."""
     dtype = np.dtype(scalar)
     with branches.small_device(processors, shared):
-        backend = CupyBackend(stand_in)
+        backend = CupyBackend(fake.cupy())
         logits = backend.asarray(np.random.default_rng(0).normal(size=(N, C)).astype(dtype))
         ids, _, _ = backend.prepare_ids(backend.asarray(np.arange(N) % C), C, -100, None)
         target, scale = Target(ids=ids), backend.asarray(np.ones(1, np.float32))
@@ -110,6 +117,8 @@ def measure() -> list[Row]:
 
 
 def main() -> int:
+    if reason := fake.register():
+        sys.exit(reason)
     table = measure()
     print("| classes | logits | shared memory | sweep | kernels | reads | at most | writes | at most |")
     print("|--:|---|--:|---|---|--:|--:|--:|--:|")

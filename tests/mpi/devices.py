@@ -1,8 +1,8 @@
-"""Devices for every rank, on a CPU: the stand-in for CuPy with what `swl.distributed.transport` needs beside it.
+"""Devices for every rank, on a CPU: CuPy on the fake driver, with NCCL and an MPI that reads the memory of these devices.
 
-A rank sees two devices, as under a ``CUDA_VISIBLE_DEVICES`` of its own. NCCL is a stand-in too: it moves the
-bytes over MPI, when a group ends, and has the methods of CuPy's, with their arguments (a test compares the two). Device
-memory is the host's here, so any MPI can read it; that nothing was pending when it did is checked.
+A rank sees two devices, as under a ``CUDA_VISIBLE_DEVICES`` of its own. NCCL is an imitation: it moves the bytes over MPI,
+when a group ends, and has the methods of CuPy's, with their arguments (a test compares the two). Device memory is the
+host's here, so any MPI can read it; that nothing was pending when it did is checked.
 """
 
 from __future__ import annotations
@@ -18,73 +18,29 @@ from mpi4py import MPI
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
 
-import emulated
-import stand_in
+import fake
+import fakecuda
+from fakecuda import strict
 
 from swl.distributed import transport
 
 WORLD = MPI.COMM_WORLD.Dup()
-NAME = emulated.NAME
+NAME = fake.NAME
 
-waits: list[str] = []
-"""What made the host wait for the device."""
-works: list[Any] = []
-"""All work that the device was given."""
-done = 0
-"""How much of it the host has waited for."""
-
-
-# ------------------------------------------------------------------------------------------------ what CuPy has besides
-
-
-def alloc_pinned_memory(size: int) -> Any:
-    if not size:
-        raise ValueError("no memory of no bytes")
-    return bytearray(size)
-
-
-def get(self: Any, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> Any:
-    host = plain_get(self)
-    waited("ndarray.get")
-    if out is None:
-        return host
-    if (out.shape, out.dtype) != (host.shape, host.dtype) or not out.flags.c_contiguous:
-        raise ValueError(f"out is {out.shape} {out.dtype}, the array {host.shape} {host.dtype}")
-    out[...] = host
-    return out
-
-
-def synchronize(self: Any) -> None:
-    plain_synchronize(self)
-    waited("Stream.synchronize")
-
-
-def waited(what: str) -> None:
-    global done
-    waits.append(what)
-    done = len(works)
-
-
-def deviceGetPCIBusId(device: int) -> str:  # noqa: N802 - CUDA's name
-    return bus_ids[device]
-
-
-plain_get, plain_synchronize = stand_in.ndarray.get, stand_in.Stream.synchronize
 why_not_mpi = transport._why_not_mpi
 bus_ids: list[str] = []
 
 
 def install(bus: str | None = None) -> None:
-    """Register the emulated backend, and complete the stand-in; devices are all at `bus`, or each at its own."""
-    reason = emulated.register()
+    """Register the fake backend, and what belongs to it on many ranks; devices are all at `bus`, or each at its own."""
+    reason = fake.register() or fakecuda.missing()
     if reason:
         raise RuntimeError(reason)
-    bus_ids[:] = [bus or f"0000:{WORLD.rank:02x}:{device:02x}.0" for device in range(stand_in.N_DEVICES)]
-    stand_in._recordings.append(works)
-    stand_in.cuda.alloc_pinned_memory = alloc_pinned_memory
-    stand_in.cuda.runtime.deviceGetPCIBusId = staticmethod(deviceGetPCIBusId)
-    stand_in.ndarray.get, stand_in.Stream.synchronize = get, synchronize
-    sys.modules["stand_in.cuda.nccl"] = nccl
+    fake.registry._DEVICE = NAME
+    cupy = fake.cupy()
+    bus_ids[:] = [bus or f"0000:{WORLD.rank:02x}:{device:02x}.0" for device in (0, 1)]
+    cupy.cuda.runtime.deviceGetPCIBusId = lambda device: bus_ids[device]
+    sys.modules["cupy.cuda.nccl"] = nccl  # type: ignore[assignment]
     through_mpi = transport.ThroughMpi.__init__
     transport.ThroughMpi.__init__ = lambda self, comm, xp: through_mpi(self, Settled(comm), xp)
     transport._why_not_mpi = lambda: ""  # this MPI reads the memory of these devices
@@ -109,9 +65,9 @@ class Settled:
 
     def __getattr__(self, name: str) -> Any:
         def taken(buffer: Any) -> Any:
-            if not isinstance(buffer, stand_in.ndarray):
+            if not isinstance(buffer, fake.cupy().ndarray):
                 return buffer
-            assert done == len(works), f"{name} is given device memory that is still worked on"
+            assert not fakecuda.lib.fakecuda_pending(), f"{name} is given device memory that is still worked on"
             assert name in ("Alltoallv", "Allgatherv", "Bcast"), f"{name} of Open MPI takes no device memory"
             return Interface(buffer)
 
@@ -155,18 +111,18 @@ class NcclCommunicator:
         else:
             WORLD.send((rank, WORLD.rank), root, tag=self.tag)
             found = WORLD.recv(source=root, tag=self.tag)
-        self.ranks, self.device = [found[k] for k in range(ndev)], stand_in.Device().id
+        self.ranks, self.device = [found[k] for k in range(ndev)], fake.cupy().cuda.Device().id
 
     def _enqueue(self, what: str, ptr: int, count: int, datatype: int, peer: int, stream: int) -> None:
         for value in (ptr, count, datatype, peer, stream):
             assert isinstance(value, int), f"{what} got {value!r}"  # stricter than Cython, which asks for __index__
         assert datatype == NCCL_UINT8
-        assert stream == stand_in.cuda.get_current_stream().ptr
+        cuda = fake.cupy().cuda
+        assert stream == cuda.get_current_stream().ptr
         assert count > 0
         assert 0 <= peer < self.ndev
         assert _group is not None, f"{what} outside of a group waits for ever"
-        assert self.device == stand_in.Device().id, f"{what} on device {stand_in.Device().id}, made on {self.device}"
-        stand_in._works(what)
+        assert self.device == cuda.Device().id, f"{what} on device {cuda.Device().id}, made on {self.device}"
         _group.append((what, self, ptr, count, peer))
 
     def send(self, sendbuf: int, count: int, datatype: int, peer: int, stream: int) -> None:
@@ -195,6 +151,8 @@ def groupEnd() -> None:  # noqa: N802
     global _group
     assert _group is not None
     calls, _group = _group, None
+    with strict.unwatched():  # in stream order: here, at once
+        fake.cupy().cuda.get_current_stream().synchronize()
     requests = []
     for what, comm, ptr, count, peer in calls:
         memory = (ctypes.c_char * count).from_address(ptr)

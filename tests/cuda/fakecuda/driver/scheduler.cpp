@@ -242,6 +242,7 @@ std::string run(Launch& this_launch, void** args) {
       block.barrier = barrier;
       block.exchange = exchange;
       block.fault = fault;
+      block.legal = launch->legal;
       launch->enter(&block);
       if (shared) memset(shared, 0xff, launch->shared);
       if (launch->fibers)

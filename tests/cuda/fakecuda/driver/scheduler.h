@@ -17,6 +17,7 @@ struct Launch {
   bool strict;                // all threads must reach a barrier, also those that could have returned before
   unsigned grid[3], block[3], shared;
   bool reverse;
+  bool (*legal)(const void*, int);
   FakeTraffic traffic;
 };
 

@@ -155,6 +155,12 @@ API void fakecuda_forgive() {
   sticky = cudaSuccess;
   for (Stream* stream : streams) stream->capture = nullptr;
 }
+API int fakecuda_pending() {
+  LOCK;
+  for (const Stream* stream : streams)
+    if (!stream->queue.empty()) return 1;
+  return 0;
+}
 API const char* fakecuda_logged() { return log_text.c_str(); }
 
 // ------------------------------------------------------------------------------------------------ streams

@@ -31,7 +31,11 @@
 #define __CUDACC_VER_MAJOR__ 13
 
 // One copy in each library of kernels, set by fake_enter
+#ifdef FAKE_THREADS
+static thread_local FakeBlock* fake_block;
+#else
 static FakeBlock* fake_block;
+#endif
 #define threadIdx (fake_block->thread->index)
 #define blockIdx (fake_block->index)
 #define blockDim (fake_block->size)
@@ -98,6 +102,7 @@ template <typename T> T atomicMin(T* p, T v) { T old = *p; if (v < old) *p = v; 
 
 template <typename W> void fake_touch(const W* p, bool write) {
   if ((uintptr_t)p % sizeof(W)) fake_block->fault("misaligned address");
+  if (fake_block->legal && !fake_block->legal(p, sizeof(W))) fake_block->fault("illegal address outside of the arrays");
   FakeTraffic* traffic = fake_block->traffic;
   (write ? traffic->written : traffic->read) += sizeof(W);
   (sizeof(W) == 16 ? traffic->wide : traffic->narrow) += 1;

@@ -24,6 +24,7 @@ struct FakeBlock {
   void (*barrier)(int line);
   void (*exchange)(const void* mine, int size, int from, unsigned long long tag, void* result, unsigned mask);
   void (*fault)(const char* what);
+  bool (*legal)(const void* p, int size);  // tells whether an access is within an array, where that is known
 };
 
 struct FakeKernel {

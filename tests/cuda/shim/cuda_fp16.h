@@ -1,1 +1,0 @@
-// The types and conversions of this header are in cuda_shim.h.
