@@ -17,7 +17,6 @@ import pytest
 from needs import TORCH
 
 import swl
-from swl.backends import get
 from swl.backends.cupy.backend import CupyBackend
 
 N, D, C = 6, 5, 40
@@ -28,7 +27,8 @@ THERE = 1
 @pytest.fixture(autouse=True)
 def backend(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fake.registry, "_DEVICE", fake.NAME)
-    get(fake.NAME)
+    # one that knows no device yet: a check reads the record of all that it knows
+    monkeypatch.setitem(fake.registry._loaded, fake.NAME, fake.load())
     yield
     fakecuda.forgive()
     swl.check()
