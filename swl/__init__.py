@@ -21,6 +21,7 @@ from swl.functional import (
 )
 from swl.nn.activations import ReLU, Relu, Sigmoid
 from swl.nn.affine import Affine
+from swl.nn.book import BatchNormalization, Dropout, MatMul, TimeAffine, TimeEmbedding, TimeSoftmaxWithLoss
 from swl.nn.embedding import Embedding
 from swl.nn.fused_head import AffineSoftmaxWithLoss
 from swl.nn.gradcheck import check_gradients, numerical_gradient
@@ -29,6 +30,7 @@ from swl.nn.optim import SGD, AdamW
 from swl.nn.sequential import Sequential
 from swl.ops import checks
 from swl.ops.chunks import Plan, plan
+from swl.ops.scores import accuracy, softmax
 from swl.warmup import warmup
 
 __version__ = "0.1.0"
@@ -65,7 +67,10 @@ __all__ = [
     "Affine",
     "AffineSoftmaxWithLoss",
     "BackendUnavailable",
+    "BatchNormalization",
+    "Dropout",
     "Embedding",
+    "MatMul",
     "Plan",
     "ReLU",
     "Relu",
@@ -73,6 +78,10 @@ __all__ = [
     "Sequential",
     "Sigmoid",
     "SoftmaxWithLoss",
+    "TimeAffine",
+    "TimeEmbedding",
+    "TimeSoftmaxWithLoss",
+    "accuracy",
     "affine",
     "affine_backward",
     "asarray",
@@ -90,6 +99,7 @@ __all__ = [
     "plan",
     "set_backend",
     "set_num_threads",
+    "softmax",
     "use_backend",
     "warmup",
 ]

@@ -570,3 +570,36 @@ def test_a_read_only_parameter_is_named_before_anything_is_written() -> None:
     with pytest.raises(ValueError, match=r"parameter '1.W' is read-only"):
         net.load_state_dict({"0.W": np.zeros((2, 2)), "1.W": np.zeros((2, 2))})
     assert net[0].W.all()
+
+
+# ------------------------------------------------------------------------------------------------ the books' layers
+
+
+def test_the_books_layers_compute_on_every_backend_what_numpy_does(backend: Any) -> None:
+    r = rng()
+    x, gamma, beta = r.normal(size=(6, 3)), r.normal(size=3), r.normal(size=3)
+    dout = r.normal(size=(6, 3))
+    found = []
+    for name, put in (("numpy", np.asarray), (backend.name, backend.array)):
+        with swl.use_backend(name):
+            norm = swl.BatchNormalization(put(gamma), put(beta))
+            drop = swl.Dropout(0.5, rng=0)
+            y = norm.forward(put(x))
+            z = drop.forward(y)
+            dx = norm.backward(drop.backward(put(dout)))
+            outcome = [
+                y,
+                z,
+                dx,
+                norm.dgamma,
+                norm.dbeta,
+                norm.predict(put(x)),
+                drop.predict(y),
+                swl.softmax(y),
+                *norm.grads,
+            ]
+            found.append([a if name == "numpy" else backend.numpy(a) for a in outcome])
+            t = np.arange(6) % 3
+            assert float(swl.accuracy(y, put(t))) == (found[-1][0].argmax(axis=1) == t).mean()
+    for want, got in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)

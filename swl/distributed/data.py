@@ -25,7 +25,7 @@ from swl.distributed.comm import (
 )
 from swl.distributed.transport import over
 from swl.nn.base import Layer, LossLayer, bring
-from swl.nn.sequential import Sequential
+from swl.nn.sequential import Sequential, leaves
 from swl.ops.checks import acc_dtype
 
 __all__ = ["DataParallel"]
@@ -147,6 +147,9 @@ class DataParallel(Layer):
                 dx = layer.backward(dx)
                 sums.add(layer)
             sums.finish()
+            for leaf in leaves([self.net]):
+                if isinstance(leaf, Layer):
+                    leaf._publish()
         return loss, dx
 
     def _total(self, number: Any) -> Any:
@@ -188,6 +191,12 @@ class DataParallel(Layer):
     def gradients(self) -> dict[str, Any]:
         """Give the gradients of the last step, of the rows of all ranks."""
         found: dict[str, Any] = self.net.gradients()
+        return found
+
+    @property
+    def grads(self) -> list[Any]:
+        """The gradients of the network, of the rows of all ranks, in arrays that each step overwrites."""
+        found: list[Any] = self.net.grads
         return found
 
     def __repr__(self) -> str:

@@ -287,6 +287,7 @@ class ClassParallelHead(LossLayer):
 
     def _give(self, gradients: Any) -> Any:
         dx, self.dW, self.db = gradients
+        self._publish()
         return dx
 
     # ------------------------------------------------------------------------------------------------ without a loss

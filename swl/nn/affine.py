@@ -107,6 +107,7 @@ class Affine(WithAffineParameters):
         needs = _NEEDS[self.needs_dx, self._b is not None]
         with done.backend.scope(W=done.W, dout=dout):
             dx, self.dW, self.db = done.backward(dout, needs)
+        self._publish()
         return dx
 
     def __repr__(self) -> str:

@@ -47,6 +47,11 @@ class Layer:
     names: ClassVar[tuple[str, ...]] = ()
     """Attributes that hold parameters; the gradient of ``W`` is the attribute ``dW``."""
     _saved: Any = None  # what forward leaves for backward
+    _grads: list[Any] | None = None  # the arrays of `grads`, once somebody has asked for them
+
+    def __call__(self, *args: Any) -> Any:
+        """Compute ``forward(*args)``."""
+        return self.forward(*args)
 
     def _run(self, x: Any) -> tuple[Any, Any]:
         """Compute the output, and what `backward` needs."""
@@ -80,6 +85,30 @@ class Layer:
                 if found[name] is None:
                     raise RuntimeError(f"{type(self).__name__} has no gradients: call backward first")
         return found
+
+    @property
+    def params(self) -> list[Any]:
+        """The parameters in order, the very arrays: a list, as the second book's layers have it."""
+        return list(self.parameters().values())
+
+    @property
+    def grads(self) -> list[Any]:
+        """Their gradients, as the second book's layers have them: the same arrays always, which each `backward` overwrites.
+
+        ``dW`` and ``db`` are new arrays after each `backward`; these are copies of them, made once someone has asked.
+        """
+        if self._grads is None:
+            self._grads = [beside(p, np.zeros(p.shape, p.dtype)) for p in self.params]
+            self._publish()
+        return list(self._grads)
+
+    def _publish(self) -> None:
+        """Copy new gradients to where `grads` has them; each `backward` of a layer with parameters ends with this."""
+        for g, name in zip(self._grads or (), self.parameters(), strict=False):
+            gradient = getattr(self, "d" + name)
+            if gradient is not None:
+                with scope(g=g):
+                    g[...] = gradient
 
     def state_dict(self) -> dict[str, Any]:
         """Give a snapshot of the parameters: NumPy copies by name, which later training does not touch.
@@ -131,7 +160,7 @@ class Layer:
         return self._saved
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_saved"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_saved", "_grads")}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

@@ -83,15 +83,21 @@ class Embedding(Layer):
             dout = checks.float_array(backend, "dout", dout)
             checks.require_shape("dout", dout, (*x.shape, D), "the shape of forward's result")
             self.dW = xp.zeros((V, D), self.W.dtype)
-            if not x.size:
-                return
-            ids = x.reshape(-1)
-            order = xp.argsort(ids, kind="stable")  # the places of each id one after the other
-            starts = xp.searchsorted(ids[order], xp.arange(V + 1))
-            rows = backend.empty((ids.size + 1, D), checks.acc_dtype(dout.dtype))
-            rows[:-1], rows[-1] = dout.reshape(-1, D)[order], 0  # the last is where ids that do not occur may start
-            sums = xp.add.reduceat(rows, starts[:-1], axis=0)
-            self.dW[...] = xp.where((starts[1:] > starts[:-1])[:, None], sums, sums.dtype.type(0))
+            if x.size:
+                self._add_up(x, dout)
+        self._publish()
+
+    def _add_up(self, x: Any, dout: Any) -> None:
+        """Add up the rows of each id, in the order of their places."""
+        backend = get(self.backend)
+        xp, (V, D) = backend.xp, self.W.shape
+        ids = x.reshape(-1)
+        order = xp.argsort(ids, kind="stable")  # the places of each id one after the other
+        starts = xp.searchsorted(ids[order], xp.arange(V + 1))
+        rows = backend.empty((ids.size + 1, D), checks.acc_dtype(dout.dtype))
+        rows[:-1], rows[-1] = dout.reshape(-1, D)[order], 0  # the last is where ids that do not occur may start
+        sums = xp.add.reduceat(rows, starts[:-1], axis=0)
+        self.dW[...] = xp.where((starts[1:] > starts[:-1])[:, None], sums, sums.dtype.type(0))
 
     def __repr__(self) -> str:
         return f"Embedding({self.W.shape[0]}, {self.W.shape[1]})"

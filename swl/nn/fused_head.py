@@ -183,6 +183,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
 
     def _give(self, gradients: Any) -> Any:
         dx, self.dW, self.db = gradients
+        self._publish()
         return dx
 
     def _input(self, saved: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from swl.ops.checks import is_float, require_integer, require_number, shown
 
 __all__ = ["GradientError", "GradientReport", "check_gradients", "numerical_gradient"]
 
+ALONE, GROUP = 1000, 8
+"""Numbers of an array up to which each is shifted alone, and numbers that are shifted together in a larger one."""
 _EPS, _TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 
 
@@ -142,7 +146,9 @@ def check_gradients(
     *inputs : arrays
         Copied; floating ones become float64. Integer arrays (class ids) are passed on as they are.
     projections : int, optional
-        Check that many seeded random directions of each array, two evaluations each, in place of every element. A
+        Check that many seeded random directions of each array, two evaluations each, in place of every element. Without it an
+        array of up to 1,000 numbers takes two evaluations for each, and a larger one two for eight at a time with random
+        signs: seconds for a small network, hours for a large one. A
         failure is then traced to an element by bisection.
     tol : float
         Relative tolerance.
@@ -204,11 +210,14 @@ def check_gradients(
         raise TypeError(f"of must be a layer, a pair of functions or a function, got {of!r}")
 
     report = GradientReport({}, {}, tol)
+    progress = _Progress(sum(int(np.size(analytic)) for _, _, analytic in problem.arrays))
     for name, array, analytic in problem.arrays:
         check = _Check(name, array, analytic, problem.output, problem.dout, tol)
-        worst = check.projected(projections, rng) if projections else check.each()
-        report.errors[name] = worst.error
-        report.compared[name] = projections or int(np.size(analytic))
+        if projections:
+            worst, count = check.projected(projections, rng), projections
+        else:
+            worst, count = check.each(progress.step, rng)
+        report.errors[name], report.compared[name] = worst.error, count
         if not worst.error <= tol:  # a NaN fails
             if worst.at is None:
                 worst = check.bisect(worst)
@@ -217,7 +226,35 @@ def check_gradients(
                 f"gradient of {name}{where}: backward gives {worst.analytic!r}, central differences give "
                 f"{worst.numeric!r} (relative error {worst.error:.2g}, tolerance {tol:g})"
             )
+    progress.end()
     return report
+
+
+class _Progress:
+    """A line on a terminal that says how far a check of every element is, once it takes longer than a moment."""
+
+    AFTER, EVERY = 2.0, 0.5
+    """Seconds until the first line, and between lines."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.shown = total, 0, False
+        self.next = time.monotonic() + self.AFTER
+
+    def step(self, count: int) -> None:
+        self.done += count
+        if self.done % 64 >= count or time.monotonic() < self.next or not sys.stderr.isatty():
+            return
+        self.next, self.shown = time.monotonic() + self.EVERY, True
+        print(
+            f"\rcheck_gradients: {self.done:,} of {self.total:,} elements; projections=3 would check directions instead",
+            end="",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def end(self) -> None:
+        if self.shown:
+            print(file=sys.stderr)
 
 
 class _Problem(NamedTuple):
@@ -256,33 +293,79 @@ class _Check:
         moved = np.isfinite(self.home) & (direction != 0)
         size = float(np.abs(self.home[moved]).max(initial=1.0))
         reach = float(np.abs(direction).max())
-        best = _Comparison(math.nan, analytic, math.nan)
-        for shrink in (1, 8, 64):
+
+        def differ(shrink: int) -> tuple[Any, Any, float]:
             h = _EPS ** (1 / 3) * size / reach / shrink
             try:
                 self._write(self.home + h * direction)
                 high = _array(self.output())
                 self._write(self.home - h * direction)
-                low = _array(self.output())
+                return high, _array(self.output()), h
             finally:
                 self._write(self.home)
+
+        return self._compare(differ, analytic)
+
+    def _compare(
+        self, differ: Callable[[int], tuple[Any, Any, float]], analytic: float, size: float | None = None
+    ) -> _Comparison:
+        """Compare with differences of the output over ±h; `differ` takes what the step is divided by.
+
+        Errors are relative to `size`, or else to the larger derivative.
+        """
+        best = _Comparison(math.nan, analytic, math.nan)
+        for shrink in (1, 8, 64):
+            high, low, h = differ(shrink)
             numeric = float((self.dout * (high - low)).sum()) / (2 * h)
             noise = 20 * _EPS * float(abs(self.dout * high).sum()) / h
-            error = abs(analytic - numeric) / max(abs(analytic), abs(numeric), noise / self.tol, _TINY)
+            whole = max(abs(analytic), abs(numeric)) if size is None else size
+            error = abs(analytic - numeric) / max(whole, noise / self.tol, _TINY)
             if error <= self.tol:
                 return _Comparison(error, analytic, numeric)
             if shrink == 1 or error < best.error:
                 best = _Comparison(error, analytic, numeric)
         return best
 
-    def element(self, index: tuple[int, ...]) -> _Comparison:
-        unit = np.zeros(self.home.shape)
-        unit[index] = 1
-        return self.along(unit, float(self.analytic[index]))._replace(at=index)
+    def at(self, index: Any, signs: Any = 1.0) -> _Comparison:
+        """Compare along ± some elements; only they are written."""
+        before, analytic = self.home[index], float((signs * self.analytic[index]).sum())
+        size = float(np.abs(before[np.isfinite(before)]).max(initial=1.0))
 
-    def each(self) -> _Comparison:
-        every = (self.element(index) for index in np.ndindex(self.home.shape))
-        return max(every, key=lambda c: c.rank, default=_Comparison(0.0, 0.0, 0.0))
+        def shifted(by: Any) -> Any:
+            self.array[index] = beside(self.array, before + by)
+            return _array(self.output())
+
+        def differ(shrink: int) -> tuple[Any, Any, float]:
+            h = _EPS ** (1 / 3) * size / shrink
+            try:
+                return shifted(h * signs), shifted(-h * signs), h
+            finally:
+                self.array[index] = beside(self.array, before)
+
+        largest = float(np.abs(self.analytic[index]).max())  # one wrong element of several must show beside their sum
+        return self._compare(differ, analytic, largest if np.ndim(signs) else None)
+
+    def element(self, index: tuple[int, ...]) -> _Comparison:
+        return self.at(index)._replace(at=index)
+
+    def each(self, step: Callable[[int], None], rng: np.random.Generator) -> tuple[_Comparison, int]:
+        """Compare every element alone; of a large array, in groups with random signs. Also return the comparisons."""
+        worst = _Comparison(0.0, 0.0, 0.0, ())
+        if self.home.size <= ALONE:
+            for index in np.ndindex(self.home.shape):
+                worst = max(worst, self.element(index), key=lambda c: c.rank)
+                step(1)
+            return worst, self.home.size
+        groups = np.array_split(rng.permutation(self.home.size), -(-self.home.size // GROUP))
+        for group in groups:
+            index, signs = np.unravel_index(group, self.home.shape), rng.choice((-1.0, 1.0), len(group))
+            found = self.at(index, signs)
+            if found.rank > worst.rank:
+                direction = np.zeros(self.home.shape)
+                direction[index] = signs
+                worst = found._replace(direction=direction)
+            step(len(group))
+        return worst, len(groups)
 
     def projected(self, count: int, rng: np.random.Generator) -> _Comparison:
         def one() -> _Comparison:

@@ -71,6 +71,10 @@ class _Optimizer:
         self.steps = 0
         self.state: dict[Any, Any] = {}
 
+    def __repr__(self) -> str:
+        settings = ((name, value) for name, value in vars(self).items() if name not in ("steps", "state"))
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings)})"
+
     def _moments(self, key: Any, p: Any, count: int) -> list[Any]:
         found: list[Any] | None = self.state.get(key)
         if found is None:

@@ -54,6 +54,10 @@ class Sequential(Layer):
         self.is_loss = _is_loss(layers[-1])
         self._body = layers[:-1] if self.is_loss else layers
 
+    def __call__(self, x: Any, t: Any = None) -> Any:
+        """Compute ``forward(x, t)``, and without a target the scores of a network that ends with a loss: ``predict(x)``."""
+        return self.predict(x) if self.is_loss and t is None else self.forward(x, t)
+
     def forward(self, x: Any, t: Any = None) -> Any:
         """Compute the output of the last layer; if that is a loss, the loss for target `t`."""
         self._check_target(t)
@@ -111,6 +115,38 @@ class Sequential(Layer):
     def gradients(self) -> dict[str, Any]:
         """Give the gradients of the last `backward` under the names of their parameters."""
         return {f"{i}.{name}": g for i, layer in enumerate(self.layers) for name, g in gradients_of(layer).items()}
+
+    @property
+    def grads(self) -> list[Any]:
+        """The gradients of all layers in order, in arrays that each `backward` overwrites."""
+        return [g for layer in self.layers for g in getattr(layer, "grads", None) or gradients_of(layer).values()]
+
+    def summary(self) -> str:
+        """Return a table of the layers with the shapes of their parameters, and how many numbers these are.
+
+        Examples
+        --------
+        >>> import swl
+        >>> net = swl.Sequential(swl.Affine.init(64, 20, rng=0), swl.ReLU(), swl.Affine.init(20, 10, rng=1))
+        >>> print(net.summary())
+        layer                parameters
+        0  Affine(64, 20)    1,300  W (64, 20), b (20,)
+        1  ReLU()                0
+        2  Affine(20, 10)      210  W (20, 10), b (10,)
+                             1,510  float32
+        """
+        rows, total, dtypes = [], 0, {}
+        for i, layer in enumerate(self.layers):
+            found = parameters_of(layer)
+            count = sum(p.size for p in found.values())
+            shapes = ", ".join(f"{name} {p.shape}" for name, p in found.items())
+            rows.append((f"{i}  {layer!r}", count, shapes))
+            total += count
+            dtypes.update(dict.fromkeys(str(p.dtype) for p in found.values()))
+        rows.append(("", total, ", ".join(dtypes)))
+        left, right = max(len(name) for name, _, _ in rows), len(f"{total:,}")
+        lines = [f"{name:<{left}}  {count:>{right},}  {shapes}".rstrip() for name, count, shapes in rows]
+        return "\n".join([f"{'layer':<{left}}  parameters", *lines])
 
     def _check_target(self, t: Any) -> None:
         if self.is_loss and t is None:
