@@ -135,21 +135,24 @@ def inputs(case: Case) -> Inputs:
     return Inputs(logits, target, rng.uniform(0.5, 2, N).astype(acc))
 
 
-def run(case: Case, backend: Any) -> Result:
-    """Run a case on the fake devices: both sweeps at once, then forward and backward."""
+def run(case: Case, backend: Any, far: bool = False) -> Result:
+    """Run a case on the fake devices: both sweeps at once, then forward and backward; `far`: from rows far apart."""
     given = inputs(case)
     asarray = backend.asarray
+    at = (lambda x, *_: far_apart(x, x.dtype)) if far else placed
     moved = {f: asarray(v) for f, v in given.target._asdict().items() if isinstance(v, np.ndarray)}
     target = given.target._replace(**moved)
     stats = "stats" in case.options.split()
-    place = lambda: placed(given.logits, case.offset, case.gap)  # noqa: E731
-    logits, scale = place(), asarray(given.row_scale)
+    if far and target.probs is not None:
+        target = target._replace(probs=at(given.target.probs))
+    place = lambda: at(given.logits, case.offset, case.gap)  # noqa: E731
+    logits, scale = place(), at(given.row_scale[:, None])[:, 0] if far else asarray(given.row_scale)
 
     def empty(over: Any) -> Any:
         """Give where a gradient goes."""
         if case.out in ("new", "same", "shifted"):
             other = {"new": 0, "same": case.offset, "shifted": case.offset + 1}[case.out]
-            return placed(np.full_like(given.logits, np.nan), other, case.gap)
+            return at(np.full_like(given.logits, np.nan), other, case.gap)
         return over.view(np.dtype(getattr(ml_dtypes, case.out, case.out)))[:, : case.C]
 
     forward = backend.cross_entropy_forward(logits, target, stats)

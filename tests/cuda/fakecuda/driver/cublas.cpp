@@ -113,6 +113,7 @@ static int gemm(Blas* handle, Product p, int compute_type) {
   LOCK;
   Stream* stream = stream_of(handle->stream);
   const bool wide = compute_type == COMPUTE_64F;
+  if (settings.dry) return 0;
   if (handle->device != current || stream->device != current) return INVALID_VALUE;
   if (compute_type == COMPUTE_32F_FAST_TF32 && p.type != R_32F) return NOT_SUPPORTED;
   if ((compute_type != COMPUTE_32F && compute_type != COMPUTE_32F_FAST_TF32 && !wide) || wide != (p.type == R_64F))

@@ -11,7 +11,7 @@ namespace fake {
 
 static std::map<u64, Allocation> allocations;
 static std::map<int, size_t> used;  // bytes of each device
-static const size_t TOTAL = 16ull << 30, PAGE = 4096;
+static const size_t TOTAL = 1ull << 40, PAGE = 4096;
 
 Allocation* find(const void* pointer) {
   auto it = allocations.upper_bound((u64)pointer);

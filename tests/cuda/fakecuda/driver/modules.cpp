@@ -164,6 +164,7 @@ CU(cuLaunchKernel, Function* function, unsigned gx, unsigned gy, unsigned gz, un
                                                     std::to_string(function->module->device) +
                                                     " in a stream of device " + std::to_string(stream->device) +
                                                     ", while " + std::to_string(current) + " is current");
+  if (settings.dry) return 0;
   // as the driver does: the arguments' bytes are taken now
   const auto bytes = std::make_shared<std::vector<std::vector<max_align_t>>>();
   const auto pointers = std::make_shared<std::vector<void*>>();

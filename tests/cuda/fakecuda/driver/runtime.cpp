@@ -57,7 +57,7 @@ API int fakecuda_set(const char* name, int value) {
   SETTING(devices)
   SETTING(version)
   SETTING(peers)
-  SETTING(processors) SETTING(shared) SETTING(capability) SETTING(reverse) SETTING(ahead) SETTING(reduced) return -1;
+  SETTING(processors) SETTING(shared) SETTING(capability) SETTING(reverse) SETTING(ahead) SETTING(reduced) SETTING(dry) return -1;
 }
 API void fakecuda_judge(int (*f)(int, const char*)) { judge = f; }
 
@@ -156,7 +156,7 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int
 API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   memset(p, 0, sizeof *p);
   strcpy(p->name, "fake CUDA device on the CPU");
-  p->totalGlobalMem = 16ull << 30;
+  p->totalGlobalMem = 1ull << 40;
   p->sharedMemPerBlock = 48 << 10;
   p->sharedMemPerBlockOptin = settings.shared;
   p->warpSize = 32;

@@ -28,6 +28,7 @@ struct Settings {
   int processors = 132, shared = 227 << 10, capability = 90;  // of an H100
   int reverse = 0;  // fibers, blocks and the nodes of a graph by falling number, where that is legal
   int ahead = 0;    // when the host waits for a stream, all others have run first
+  int dry = 0;      // kernels and products are judged, and not run
   int reduced = 1;  // 16-bit products whose parts are added up in 16 bits, unless the math mode forbids it
 };
 extern Settings settings;
