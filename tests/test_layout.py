@@ -15,7 +15,7 @@ LEVELS = [
     ("backends",),
     ("ops",),
     ("nn", "functional"),
-    ("torch", "jax", "distributed"),
+    ("torch", "jax", "sklearn", "distributed"),
     ("warmup", "bench", "demos"),
     ("cli", "__main__"),
 ]
