@@ -421,6 +421,41 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path: Path, place: st
         checkpoints.load(net, optimizer)
 
 
+def test_checkpoints_in_safetensors(tmp_path: Path) -> None:
+    """What other programs read; bfloat16 and moments come back to the bit."""
+    pytest.importorskip("safetensors")
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    rng = np.random.default_rng(0)
+
+    def make() -> Any:
+        net = swl.Sequential(
+            swl.Affine.init(4, 3, rng=0, dtype=bfloat16), swl.Affine.init(3, 2, rng=1), swl.SoftmaxWithLoss()
+        )
+        return net, swl.AdamW(), Checkpoints(tmp_path, format="safetensors")
+
+    net, optimizer, checkpoints = make()
+    net.forward_backward(rng.normal(size=(5, 4)).astype(bfloat16), np.arange(5) % 2)
+    optimizer.update(net.parameters(), net.gradients())
+    checkpoints.save(1, net, optimizer, {"a": 1})
+    saved = {name: p.copy() for name, p in net.parameters().items()}
+    assert (tmp_path / "step-00000001" / "rank-00000.safetensors").is_file()
+    other, its, _ = make()
+    assert Checkpoints(tmp_path).load(other, its) == (1, {"a": 1})
+    for name, p in other.parameters().items():
+        np.testing.assert_array_equal(p, saved[name])
+        for found, want in zip(its.state[name], optimizer.state[name], strict=True):
+            np.testing.assert_array_equal(found, want)
+            assert found.flags.writeable
+    with pytest.raises(ValueError, match="format is 'pt'; legal are 'npz', 'safetensors'"):
+        Checkpoints(tmp_path, format="pt")
+
+
+def test_a_format_whose_package_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hide(monkeypatch, "safetensors")
+    with pytest.raises(swl.BackendUnavailable, match="pip install safetensors"):
+        Checkpoints(tmp_path, format="safetensors")
+
+
 def test_what_killed_runs_left_is_deleted_by_the_next_save(tmp_path: Path) -> None:
     net, optimizer, checkpoints = small(tmp_path)
     (tmp_path / "step-by-step").mkdir()  # somebody else's

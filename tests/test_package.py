@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,9 @@ def test_in_an_archive_it_runs(wheel: Path, tmp_path: Path) -> None:
         assert said.split() == [str(wheel / "swl" / "__init__.py"), "1.3862943611198906"]
     code = "from swl.backends.cupy.backend import source; print(source('cross_entropy'))"
     assert "__global__" in run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == swl.__version__
+    assert f"\nversion: {swl.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -2,6 +2,12 @@
 
 A backend is one module with a function ``load()`` that returns a `Backend`, and one line in `_REGISTRY`.
 Modules are imported at first use, so ``import swl`` imports none of the libraries behind them.
+
+Other packages may bring backends of their own for arrays in host memory: an entry point of the group ``swl.backends`` names the
+backend and its module, in a ``pyproject.toml``::
+
+    [project.entry-points."swl.backends"]
+    mine = "my_package.swl_backend"
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -65,9 +72,17 @@ def scope(**arrays: Any) -> AbstractContextManager[object]:
     return NOTHING if type(first) is np.ndarray else resolve(None, {"array": first}).scope(**arrays)
 
 
+def _discover() -> None:
+    """Add the backends of other packages that are installed; a name of the library's own stays its own."""
+    for point in metadata.entry_points(group="swl.backends"):
+        _REGISTRY.setdefault(point.name, (point.module, "host"))
+
+
 def _known(name: object, source: str) -> str:
     if name == "auto":
         return _AUTO
+    if isinstance(name, str) and name not in _REGISTRY:
+        _discover()
     if not isinstance(name, str) or name not in _REGISTRY:
         legal = ", ".join(repr(legal) for legal in (*_REGISTRY, "auto"))
         raise ValueError(f"{source} is {name!r}; legal names are {legal}")
@@ -87,8 +102,27 @@ def get(name: str) -> Backend:
     found = _loaded.get(name)
     if found is None:
         name = _known(name, "backend")
-        found = _loaded.get(name) or importlib.import_module(_REGISTRY[name][0]).load()
+        found = _loaded.get(name) or _load(name)
         _loaded[name] = found
+    return found
+
+
+def _load(name: str) -> Backend:
+    module = _REGISTRY[name][0]
+    if module.partition(".")[0] == "swl":
+        return importlib.import_module(module).load()  # type: ignore[no-any-return]
+    try:
+        found: Backend = importlib.import_module(module).load()
+    except BackendUnavailable:
+        raise
+    except Exception as error:  # whatever another package raises, the other backends go on
+        kind = type(error).__name__
+        raise BackendUnavailable(
+            f"backend {name!r} of the module {module} cannot be loaded: {kind}: {error}"
+        ) from error
+    if getattr(found, "name", None) != name:
+        wrong = getattr(found, "name", None)
+        raise BackendUnavailable(f"backend {name!r} of the module {module} must have that name, and has {wrong!r}")
     return found
 
 
@@ -114,6 +148,7 @@ def available_backends() -> tuple[BackendInfo, ...]:
             return BackendInfo(name, False, str(error))
         return BackendInfo(name, True, "")
 
+    _discover()
     return tuple(one(name) for name in _REGISTRY)
 
 

@@ -8,6 +8,8 @@ run left half written is deleted by the next `save`.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import re
@@ -22,11 +24,13 @@ import numpy as np
 
 from swl.backends import scope
 from swl.distributed.comm import Alone, Grid, agree, as_numpy, from_rank_0
+from swl.errors import BackendUnavailable
 from swl.ops.arrays import beside
 
 __all__ = ["Checkpoints", "write_whole"]
 
 MANIFEST = "manifest.json"
+FORMATS = ("npz", "safetensors")
 PASSED_OVER = "is used instead"  # how the warning of a damaged checkpoint ends
 
 
@@ -54,11 +58,15 @@ class Checkpoints:
         it this process is alone, and MPI is not needed.
     keep : int
         Complete checkpoints that are kept; older ones are deleted.
+    format : {"npz", "safetensors"}
+        Of the files that `save` writes; `load` reads both. The latter needs the package safetensors.
 
     Raises
     ------
     ValueError
-        If `keep` is less than 1.
+        If `keep` is less than 1, or there is no such format.
+    swl.BackendUnavailable
+        If the package of the format is not installed.
 
     Examples
     --------
@@ -75,10 +83,15 @@ class Checkpoints:
     (12, {'epoch': 3})
     """
 
-    def __init__(self, folder: str | Path, grid: Grid | None = None, *, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, grid: Grid | None = None, *, keep: int = 2, format: str = "npz") -> None:
         if not isinstance(keep, int) or keep < 1:
             raise ValueError(f"keep must be an integer of at least 1, got {keep!r}")
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}; legal are {', '.join(map(repr, FORMATS))}")
+        if format == "safetensors":
+            _safetensors()
         self.folder, self.grid, self.keep = Path(folder), grid or Grid(Alone(), Alone(), Alone()), keep
+        self.format = format
 
     def __repr__(self) -> str:
         return f"Checkpoints({str(self.folder)!r}, keep={self.keep})"
@@ -114,9 +127,9 @@ class Checkpoints:
         def write_shard() -> str:
             arrays = {name: found for name, found in _arrays(net, optimizer).items() if self._writes(found[1])}
             if arrays:
-                name = f"rank-{world.rank:05}.npz"
+                name = f"rank-{world.rank:05}.{self.format}"
                 values = {key: as_numpy(value) for key, (value, _) in arrays.items()}
-                write_whole(target / name, lambda file: np.savez(file, **values))
+                write_whole(target / name, lambda file: _save(file, self.format, values))
                 data = (target / name).read_bytes()
                 places = {
                     key: (*place, str(value.dtype), 1 if place.axis is None else value.shape[place.axis])
@@ -255,7 +268,7 @@ def _read(path: Path, state: Mapping[str, Any], net: Any, optimizer: Any) -> Non
     places, parameters = _places(net), net.parameters()
     values: dict[str, Any] = {}
     for shard in _shards(state, net):
-        with np.load(path / shard["name"]) as file:
+        with _open(path / shard["name"]) as file:
             for key, (axis, start, total, dtype, _) in shard["places"].items():
                 name = key.split(":", 1)[1]
                 p, piece = parameters[name], file[key]
@@ -348,6 +361,42 @@ def _steps(folder: Path) -> list[Path]:
 def _complete(folder: Path) -> list[Path]:
     """Return those of complete checkpoints, the newest first."""
     return [path for path in _steps(folder) if (path / MANIFEST).is_file()]
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors")
+    except ModuleNotFoundError:
+        raise BackendUnavailable(
+            "checkpoints in format 'safetensors' need that package: pip install safetensors"
+        ) from None
+
+
+def _save(file: Any, format: str, values: Mapping[str, Any]) -> None:
+    """Write arrays by name."""
+    if format == "npz":
+        np.savez(file, **values)
+        return
+    _safetensors()
+    arrays = {name: np.ascontiguousarray(value) for name, value in values.items()}
+    file.write(importlib.import_module("safetensors.numpy").save(arrays))
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """Open a file of arrays by name."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            yield file
+        return
+    yield {
+        name: np.frombuffer(told["data"], _DTYPES[told["dtype"]]).reshape(told["shape"])
+        for name, told in _safetensors().deserialize(path.read_bytes())
+    }
+
+
+_DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "V2"}
+"""The dtypes of parameters and moments as safetensors names them; bfloat16 as an ``.npz`` has it, two nameless bytes."""
 
 
 def write_whole(path: Path, write: Callable[[Any], object]) -> None:
