@@ -8,6 +8,7 @@ from typing import Any
 
 from swl.bench.cases import logits_case
 from swl.bench.timing import Case, measure, median
+from swl.distributed.checkpoint import write_whole
 
 __all__ = ["plot", "table"]
 
@@ -63,4 +64,4 @@ def plot(path: Path, rounds: int) -> None:
     for axes in (time, distance):
         axes.grid(alpha=0.3)
     time.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=110))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from swl.cli.common import JSON, Refused, add_flags, at_least, check_outputs, refused_data
+from swl.cli.common import JSON, Refused, add_flags, at_least, check_backend, check_outputs, refused_data
 from swl.demos.data import require
 
 __all__ = ["add"]
@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure the groups that were asked for, and print a table of each."""
+    check_backend(options)
     from swl import bench
 
     if options.plot is not None:

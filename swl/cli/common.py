@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 import swl
 from swl import distributed
 from swl.backends import active, get
 from swl.demos.data import DataError
 from swl.distributed.comm import launched
+from swl.nn.gradcheck import GradientError
 
 __all__ = [
     "BACKEND",
@@ -27,8 +30,8 @@ __all__ = [
     "alone_or_on_ranks",
     "at_least",
     "check_backend",
+    "check_memory",
     "check_outputs",
-    "memory",
     "mib",
     "print_ranks",
     "settings_of",
@@ -154,12 +157,15 @@ def check_outputs(picture: Path | None, parameters: Path | None = None, checkpoi
         raise Refused(f"--save FILE must end in .npz, got {parameters}")
 
 
-def memory() -> float:
-    """Return the bytes of memory of this machine; infinity where the system does not tell."""
+def check_memory(parameters: int, dtype: str, what: str) -> None:
+    """Refuse a network whose parameters, gradients and the optimiser's two moments do not fit into this machine."""
+    needed = 4 * parameters * np.dtype(dtype).itemsize
     try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # the system does not tell
+        return
+    if needed > there:
+        raise Refused(f"{what} need {mib(needed)} for parameters and optimiser, this machine has {mib(there)}")
 
 
 def mib(n_bytes: float) -> str:
@@ -211,8 +217,10 @@ def print_ranks(grid: distributed.Grid | None) -> None:
 
 @contextlib.contextmanager
 def refused_data() -> Any:
-    """Turn what is wrong with data, packages or checkpoints into a refusal."""
+    """Turn what is wrong with data, packages or checkpoints into a refusal, and a gradient check that failed."""
     try:
         yield
     except DataError as error:
         raise Refused(str(error)) from None
+    except GradientError as error:
+        raise Refused(f"the check of gradients on the first rows failed: {error}") from None

@@ -21,6 +21,7 @@ from swl.cli.common import (
     alone_or_on_ranks,
     at_least,
     check_backend,
+    check_memory,
     check_outputs,
     mib,
     print_ranks,
@@ -90,6 +91,7 @@ def _train(options: argparse.Namespace, grid: distributed.Grid | None) -> dict[s
         sizes = f"{len(words.train):,} words to train on, {len(words.held_out):,} held out"
         print(f"backend {backend}, {settings.dtype}; text: {sizes}, {len(words.vocabulary):,} distinct", flush=True)
         print_ranks(grid)
+        _check_sizes(words, settings)
         for head in heads:
             if apart:
                 found = text.train_apart(words, settings, head, backend, getattr(options, "progress", None))
@@ -116,6 +118,16 @@ def _train(options: argparse.Namespace, grid: distributed.Grid | None) -> dict[s
         "heads": {head: found._asdict() for head, found in results.items()},
         "unigram_perplexity": unigram,
     }
+
+
+def _check_sizes(words: text.Corpus, settings: text.Settings) -> None:
+    """Refuse what the text is too short for, or the machine too small."""
+    shortest = min(len(words.train), len(words.held_out))
+    if settings.context >= shortest:
+        raise Refused(f"--context must be less than the {shortest:,} words of the shorter part, got {settings.context}")
+    V, H, E = len(words.vocabulary), settings.hidden, settings.embedding
+    parameters = V * E + (settings.context * E + 1) * H + (H + 1) * V
+    check_memory(parameters, settings.dtype, f"--hidden {H} and --embedding {E}")
 
 
 def _train_here(

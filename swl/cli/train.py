@@ -7,8 +7,6 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import swl
 from swl import distributed
 from swl.backends import active
@@ -18,14 +16,12 @@ from swl.cli.common import (
     DISTRIBUTED,
     JSON,
     PROGRESS,
-    Refused,
     add_flags,
     add_settings,
     alone_or_on_ranks,
     check_backend,
+    check_memory,
     check_outputs,
-    memory,
-    mib,
     print_ranks,
     refused_data,
     settings_of,
@@ -98,12 +94,7 @@ def _prepare(options: argparse.Namespace) -> tuple[datasets.Data, Settings]:
     check_backend(options)
     settings = settings_of(options, Settings)
     parameters = (data.x.shape[1] + 1) * settings.hidden + (settings.hidden + 1) * data.n_classes
-    needed, there = 4 * parameters * np.dtype(settings.dtype).itemsize, memory()  # parameter, gradient, two moments
-    if needed > there:
-        raise Refused(
-            f"--hidden {settings.hidden} and {data.n_classes} classes need {mib(needed)} for parameters and optimiser, "
-            f"this machine has {mib(there)}"
-        )
+    check_memory(parameters, settings.dtype, f"--hidden {settings.hidden} and {data.n_classes} classes")
     return data, settings
 
 

@@ -42,6 +42,8 @@ class Split(NamedTuple):
 
 MOST_CLASSES = 10_000_000
 """Classes of a file: an id beyond is taken for an error, since a network has weights for every id below the largest."""
+LARGEST = 1e100
+"""Largest number of x, whose square must be finite."""
 _PACKAGES = {"sklearn": "scikit-learn"}
 
 
@@ -103,9 +105,15 @@ def checked(name: str, x: Any, t: Any) -> Data:
         raise DataError(f"{name}: x must be numbers of shape (N, ...), got {x.dtype} of shape {x.shape}")
     if len(x) < 10 or not x.size:
         raise DataError(f"{name}: x must have at least 10 rows and a column, got shape {x.shape}")
-    x = x.reshape(len(x), -1).astype(np.float64)
+    with np.errstate(over="ignore"):  # of a long double
+        x = x.reshape(len(x), -1).astype(np.float64)
     if not np.isfinite(x).all():
         raise DataError(f"{name}: x must be finite, but row {int(np.argwhere(~np.isfinite(x))[0, 0])} is not")
+    if np.abs(x).max() > LARGEST:
+        row = int(np.argwhere(np.abs(x) > LARGEST)[0, 0])
+        raise DataError(f"{name}: x must hold numbers up to {LARGEST:g}, got {np.abs(x[row]).max():g} in row {row}")
+    if (x == x[0]).all():
+        raise DataError(f"{name}: x must differ between rows, but all {len(x)} are the same")
     if t.shape[:1] != x.shape[:1] or t.ndim not in (1, 2):
         raise DataError(f"{name}: t must have shape ({len(x)},) or ({len(x)}, C) for the rows of x, got {t.shape}")
     if t.ndim == 2:
