@@ -37,7 +37,7 @@ FILES = {
     JAX: ["tests/test_jax.py", "swl/jax.py", "docs/torch.md"],
     MPI: [
         "tests/test_distributed.py",
-        *(f"swl/distributed/{name}.py" for name in ("checkpoint", "comm", "data", "head")),
+        *(f"swl/distributed/{name}.py" for name in ("comm", "data", "head")),
         "docs/scale.md",
     ],
 }

@@ -48,7 +48,7 @@ def test_without_torch_jax_and_mpi_their_tests_and_doctests_are_skipped(tmp_path
     assert {"tests/test_torch.py", "swl/torch/_linear.py", "docs/torch.md", "tests/test_jax.py", "swl/jax.py"} < {
         *skipped
     }
-    assert {"tests/test_distributed.py", "swl/distributed/checkpoint.py", "docs/scale.md"} < {*skipped}
+    assert {"tests/test_distributed.py", "swl/distributed/head.py", "docs/scale.md"} < {*skipped}
     assert "needs torch, needs JAX" in out
     status, out = run(ROOT, f"@{tmp_path / 'skipped'}", "--require-peers", missing=("torch", "jax", "mpi4py"))
     assert status != 0
