@@ -16,8 +16,10 @@ import importlib.util
 import multiprocessing
 import multiprocessing.pool
 import os
+import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,20 @@ TESTS = {
     "offset": "test_kernels.py -k offsets",
     "digits": "test_kernels.py -k digits",
     "shard": "test_kernels.py -k shard",
+    "far": "test_arguments.py -k far_apart",
+    "strides": "test_arguments.py -k any_strides",
+    "edges": "test_arguments.py -k edges",
+    "top": "test_arguments.py -k rounded",
+    "limits": "test_arguments.py -k legal",
+    "order": "test_arguments.py -k 'record or check_waits'",
+    "ends": "test_arguments.py -k ends_of",
+    "race": "test_sanitizers.py -k two_streams",
+    "options": "test_compile.py -k options",
+    "devices": "test_devices.py",
+    "affine_all": "test_devices.py -k affine",
+    "traffic": "test_traffic.py",
+    "graphs": "test_fake.py",
+    "products": "test_cublas.py",
 }
 """Which tests a mutant is shown to, by the last word of its line."""
 
@@ -46,6 +62,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     tests: str = "sweep"
+    place: int | None = None  # which of several that read the same; None: all
 
     def is_in(self, name: str) -> bool:
         """Tell whether a source file has this text, its header included."""
@@ -55,10 +72,13 @@ class Mutant(NamedTuple):
         """Return the text with the piece replaced."""
         if self.old not in text:
             raise ValueError(f"not in the source: {self.old}")
-        return text.replace(self.old, self.new)
+        if self.place is None:
+            return text.replace(self.old, self.new)
+        before = self.old.join(text.split(self.old)[: self.place + 1])
+        return before + self.new + text[len(before) + len(self.old) :]
 
 
-MUTANTS = (
+BY_HAND = (
     Mutant(
         "no barrier before warp 0 reads the other warps' sums",
         "cross_entropy",
@@ -350,7 +370,413 @@ MUTANTS = (
         "    rows[threadIdx.x] = row;",
         "    rows[0] = row;",
     ),
+    Mutant(
+        "rows of logits in 32 bits: ce_rows",
+        "cross_entropy",
+        "shuffles\n  const T* logits = p.logits_nc + (exists ? n : 0) * p.stride;",
+        "shuffles\n  const T* logits = p.logits_nc + (int)((exists ? n : 0) * p.stride);",
+        "far",
+    ),
+    Mutant(
+        "rows of logits in 32 bits: ce_backward",
+        "cross_entropy",
+        "rows[r];\n  const T* logits = p.logits_nc + (exists ? n : 0) * p.stride;",
+        "rows[r];\n  const T* logits = p.logits_nc + (int)((exists ? n : 0) * p.stride);",
+        "far",
+    ),
+    Mutant(
+        "rows of logits in 32 bits: ce_partial",
+        "cross_entropy",
+        "p.logits_nc + n * p.stride;",
+        "p.logits_nc + (int)(n * p.stride);",
+        "far",
+    ),
+    Mutant(
+        "rows of gradients in 32 bits: ce_rows",
+        "cross_entropy",
+        "grad_nc + n * grad_stride;",
+        "grad_nc + (int)(n * grad_stride);",
+        "far",
+    ),
+    Mutant(
+        "rows of gradients in 32 bits: ce_backward",
+        "cross_entropy",
+        "grad_nc + (exists ? n : 0) * grad_stride;",
+        "grad_nc + (int)((exists ? n : 0) * grad_stride);",
+        "far",
+    ),
+    Mutant(
+        "rows of probabilities in 32 bits",
+        "cross_entropy",
+        "n * p.probs_row * bytes;",
+        "(int)(n * p.probs_row * bytes);",
+        "far",
+    ),
+    Mutant(
+        "columns of probabilities in 32 bits",
+        "cross_entropy",
+        "load(row + (at.c + i) * column)",
+        "load(row + (int)((at.c + i) * column))",
+        "far",
+    ),
+    Mutant(
+        "factors of rows in 32 bits: a warp",
+        "cross_entropy",
+        "if (grad_nc) row.scale = load(row_scale_n + n * scale_stride);",
+        "if (grad_nc) row.scale = load(row_scale_n + (int)(n * scale_stride));",
+        "far",
+    ),
+    Mutant(
+        "factors of rows in 32 bits: a block",
+        "cross_entropy",
+        "{\n        row.scale = load(row_scale_n + n * scale_stride);",
+        "{\n        row.scale = load(row_scale_n + (int)(n * scale_stride));",
+        "far",
+    ),
+    Mutant(
+        "factors of rows in 32 bits: ce_backward",
+        "cross_entropy",
+        "row.scale = load(row_scale_n + n * scale_stride);\n    rows",
+        "row.scale = load(row_scale_n + (int)(n * scale_stride));\n    rows",
+        "far",
+    ),
+    Mutant(
+        "class ids in 32 bits: prepare_ids",
+        "cross_entropy",
+        "ids_in + n * ids_stride",
+        "ids_in + (int)(n * ids_stride)",
+        "far",
+    ),
+    Mutant(
+        "class ids in 32 bits: finish_ids",
+        "cross_entropy",
+        "ids_in + bad * ids_stride",
+        "ids_in + (int)(bad * ids_stride)",
+        "far",
+    ),
+    Mutant("rows of y in 32 bits", "affine", "y_nk + n * stride", "y_nk + (int)(n * stride)", "far"),
+    Mutant("rows of dy in 32 bits", "affine", "dy_nk + n * stride", "dy_nk + (int)(n * stride)", "far"),
+    Mutant("db in 32 bits", "affine", "db_k + k * stride", "db_k + (int)(k * stride)", "far"),
+    Mutant(
+        "entropy where a rescaled sum is 0 · −∞",
+        "cross_entropy",
+        "factor == 0 ? factor : factor *",
+        "factor *",
+        "edges",
+    ),
+    Mutant(
+        "a row of −∞ has sums of NaN",
+        "cross_entropy",
+        "const A from = max == -infinity<A>() ? (A)0 : max;",
+        "const A from = max;",
+        "edges",
+    ),
+    Mutant(
+        "entropy of a class without probability",
+        "cross_entropy",
+        "if (want.stats && e != 0) sums.entropy",
+        "if (want.stats) sums.entropy",
+        "edges",
+    ),
+    Mutant("argmax is the last of equals", "cross_entropy", "(z == than && c < at)", "(z == than && c > at)", "edges"),
+    Mutant(
+        "float16 saturates",
+        "common",
+        "return __float2half_rn((float)x);",
+        "return __float2half_rn((float)x > 65504 ? 65504.0f : (float)x);",
+        "top",
+    ),
+    Mutant(
+        "bfloat16 saturates",
+        "common",
+        "return __float2bfloat16_rn((float)x);",
+        "return __float2bfloat16_rn((float)x > 3.38e38f ? 3.38e38f : (float)x);",
+        "top",
+    ),
+    Mutant(
+        "the record is claimed by a look and a write",
+        "cross_entropy",
+        "atomicCAS(error_5, 0ull, 1ull) == 0ull",
+        "load(error_5) == 0ull && (store(error_5, 1ull), true)",
+        "race",
+    ),
+    Mutant(
+        "contraction is allowed",
+        "swl.backends.cupy.backend",
+        '("-std=c++17", "-fmad=false")',
+        '("-std=c++17",)',
+        "options",
+    ),
+    Mutant(
+        "factors of rows taken as dense",
+        "swl.backends.cupy.backend",
+        "row_scale.strides[0] // row_scale.itemsize",
+        "1",
+        "far",
+    ),
+    Mutant(
+        "ids taken as dense: prepare_ids",
+        "swl.backends.cupy.backend",
+        "_i64(ids.strides[0] // ids.itemsize)",
+        "_i64(1)",
+        "strides",
+    ),
+    Mutant("db taken as dense", "swl.backends.cupy.backend", "_i64(out.strides[0] // out.itemsize)", "_i64(1)", "far"),
+    Mutant(
+        "probabilities taken as dense",
+        "swl.backends.cupy.backend",
+        "row, column = (s // probs.itemsize for s in probs.strides)",
+        "row, column = probs.shape[1], 1",
+        "strides",
+    ),
+    Mutant(
+        "a bias taken as dense",
+        "swl.backends.cupy.backend",
+        "self.xp.ascontiguousarray(b), _i64(N)",
+        "b, _i64(N)",
+        "strides",
+    ),
+    Mutant(
+        "logits taken as dense",
+        "swl.backends.cupy.backend",
+        "logits if _rows_are_dense(logits) else xp.ascontiguousarray(logits)",
+        "logits",
+        "strides",
+        0,
+    ),
+    Mutant(
+        "gradients taken as dense",
+        "swl.backends.cupy.backend",
+        "dense_out = out if _rows_are_dense(out) else self.empty(out.shape, out.dtype)",
+        "dense_out = out",
+        "strides",
+    ),
+    Mutant(
+        "as many blocks as rows in grid.y",
+        "swl.backends.cupy.backend",
+        "min(N, 16 * self._device(out).limits.processors)",
+        "N",
+        "limits",
+    ),
+    Mutant(
+        "as many stripes as it takes in grid.y",
+        "swl.backends.cupy.backend",
+        "stripes = min(max(1, min(-(-4 * device.limits.processors // across), N // 64)), 65535)",
+        "stripes = max(1, N // 64)",
+        "limits",
+    ),
+    Mutant(
+        "a new record is not waited for",
+        "swl.backends.cupy.backend",
+        "            xp.cuda.get_current_stream().synchronize()  # once",
+        "            # once",
+        "order",
+    ),
+    Mutant(
+        "a check waits for no other stream",
+        "swl.backends.cupy.backend",
+        "                on.synchronize()\n                found",
+        "                found",
+        "order",
+    ),
+    Mutant(
+        "an emptied record is not waited for",
+        "swl.backends.cupy.backend",
+        "device.error.fill(0)\n                    on.synchronize()",
+        "device.error.fill(0)",
+        "order",
+    ),
+    Mutant(
+        "a record is never emptied",
+        "swl.backends.cupy.backend",
+        "                    device.error.fill(0)\n",
+        "",
+        "order",
+    ),
+    Mutant("ids of uint64 wrap around", "swl.backends.cupy.backend", "if ids.dtype == np.uint64:", "if False:", "ends"),
+    Mutant(
+        "ids of int32 are taken for int64",
+        "swl.backends.cupy.backend",
+        '_INDEX = {"int32": "int",',
+        '_INDEX = {"int32": "long long",',
+        "ids",
+    ),
+    Mutant(
+        "no scope",
+        "swl.backends.cupy.backend",
+        "        return here if stream is None else _on(here, self._stream(stream, here))",
+        "        return _on(self.xp.cuda.Device(), self.xp.cuda.get_current_stream())",
+        "devices",
+    ),
+    Mutant(
+        "no device guard",
+        "swl.backends.cupy.backend",
+        "here = self.xp.cuda.Device() if found is None else found[1]",
+        "here = self.xp.cuda.Device()",
+        "devices",
+    ),
+    Mutant(
+        "the stream that is given is not used",
+        "swl.backends.cupy.backend",
+        "here if stream is None else",
+        "here if True else",
+        "devices",
+    ),
+    Mutant(
+        "the stream is entered on the device that is current",
+        "swl.backends.cupy.backend",
+        "    with device, stream:",
+        "    with stream:",
+        "devices",
+    ),
+    Mutant(
+        "a stream of another device is taken",
+        "swl.backends.cupy.backend",
+        "if stream.device_id not in (-1, device.id):",
+        "if False:",
+        "devices",
+    ),
+    Mutant(
+        "arrays on two devices are taken", "swl.backends.cupy.backend", "device.id != found[1].id", "False", "devices"
+    ),
+    Mutant(
+        "an interface's array is copied to the current device",
+        "swl.backends.cupy.backend",
+        "with self._device_of(x):  #",
+        "if True:  #",
+        "graphs",
+    ),
+    Mutant(
+        "an object's stream is not waited for",
+        "swl.backends.cupy.backend",
+        "here.wait_event(xp.cuda.Stream.from_external(x).record())",
+        "pass",
+        "graphs",
+    ),
+    Mutant(
+        "the host waits for an object's stream",
+        "swl.backends.cupy.backend",
+        '.pop("stream", None)',
+        '.get("stream", None)',
+        "graphs",
+    ),
+    Mutant(
+        "dtypes are converted on the current device",
+        "swl.backends.cupy.backend",
+        "        with x.device:\n            return x.astype(dtype)",
+        "        return x.astype(dtype)",
+        "devices",
+    ),
+    Mutant(
+        "a wait within a sweep",
+        "swl.backends.cupy.backend",
+        "        rows, outputs = self._rows(logits, stats)\n        N, C",
+        "        rows, outputs = self._rows(logits, stats)\n        xp.cuda.Device().synchronize()\n        N, C",
+        "graphs",
+    ),
+    Mutant(
+        "a copy from the host within a sweep",
+        "swl.backends.cupy.backend",
+        "        rows, outputs = self._rows(logits, stats)\n        N, C",
+        "        rows, outputs = self._rows(logits, stats)\n        xp.array([0.0, 1.0])\n        N, C",
+        "graphs",
+    ),
+    Mutant(
+        "a product that cannot be captured",
+        "swl.backends.cupy.backend",
+        "except NotImplementedError:",
+        "except ZeroDivisionError:",
+        "graphs",
+    ),
+    Mutant(
+        "a captured product goes to the default stream",
+        "swl.backends.cupy.products",
+        "(handle, stream))",
+        "(handle, 0))",
+        "graphs",
+    ),
+    Mutant(
+        "parts of 16-bit products are added in 16 bits",
+        "swl.backends.cupy.backend",
+        "cublas.setMathMode(handle, mode | _DISALLOW_REDUCED_PRECISION_REDUCTION)",
+        "pass",
+        "products",
+    ),
+    Mutant(
+        "the math mode is not given back",
+        "swl.backends.cupy.backend",
+        "            cublas.setMathMode(handle, mode)\n",
+        "            pass\n",
+        "products",
+    ),
+    Mutant(
+        "TF32 for whoever did not ask for it",
+        "swl.backends.cupy.backend",
+        "asked = dtype == np.float32 and self.xp._core.get_compute_type(dtype) == _CUPY_TF32",
+        "asked = True",
+        "products",
+    ),
+    Mutant("products overwrite the bias", "swl.backends.cupy.backend", "one if add else zero", "zero", "affine_all"),
+    Mutant(
+        "a struct's fields in each other's place",
+        "swl.backends.cupy.structs",
+        '"hot": "A",\n        "rest": "A",',
+        '"rest": "A",\n        "hot": "A",',
+        "sweep",
+    ),
+    Mutant(
+        "no room for staged rows is asked for",
+        "swl.backends.cupy.backend",
+        "found.max_dynamic_shared_size_bytes = device.limits.shared",
+        "pass",
+        "traffic",
+    ),
+    Mutant(
+        "shared memory for one row of a block",
+        "swl.backends.cupy.backend",
+        "shared=_ROW_BYTES * (256 // lanes)",
+        "shared=_ROW_BYTES",
+        "sweep",
+    ),
+    Mutant(
+        "16-byte loads of columns wherever they lie",
+        "swl.backends.cupy.backend",
+        "        if x.data.ptr % 16 or (N > 1 and x.strides[0] % 16):\n            V = 1\n",
+        "",
+        "affine",
+    ),
+    Mutant("state is read on the current device's stream", "swl.ops.arrays", "with x.device:", "if True:", "graphs"),
+    Mutant(
+        "tensors are not worked on on torch's stream",
+        "swl.torch._bridge",
+        "self.backend.scope(stream)",
+        "self.backend.scope()",
+        "devices",
+    ),
 )
+
+
+IDLE = "with backend.scope(gamma=gamma, beta=beta):"
+"""Does no work on the arrays of a device, and what it refuses is refused without it."""
+
+
+def _scopes() -> Iterator[Mutant]:
+    """Every entry into `Backend.scope` in turn left out, and every stream that is handed to it."""
+    for file in sorted((ROOT / "swl" / "ops").glob("*.py")) + sorted((ROOT / "swl" / "nn").glob("*.py")):
+        module, text = ".".join(file.relative_to(ROOT).with_suffix("").parts), file.read_text(encoding="utf-8")
+        lines = re.findall(r"^ +with (?:\S+\.)?_?scope\(.*\):$", text, re.M)
+        for line in dict.fromkeys(line for line in lines if line.strip() != IDLE):
+            entered = re.sub("with .*", "if True:", line)
+            for place in range(lines.count(line)):
+                what = f"{line.strip().removesuffix(':')}, place {place + 1}"
+                yield Mutant(f"no {what}", module, line, entered, "devices", place)
+                if "(stream, " in line:
+                    yield Mutant(
+                        f"no stream {what}", module, line, line.replace("(stream, ", "(None, "), "devices", place
+                    )
+
+
+MUTANTS = (*BY_HAND, *_scopes())
 
 
 class _Broken(importlib.machinery.SourceFileLoader):
@@ -391,9 +817,8 @@ class _Killer:
             self.said = f"{test}: {' '.join(words.removeprefix('AssertionError: ').split())[:60]}"
 
 
-def verdict(number: int) -> str:
+def verdict(mutant: Mutant) -> str:
     """Return the test that kills a mutant and what it says, or an empty string if it survives."""
-    mutant = MUTANTS[number]
     if mutant.file not in KERNELS:
         sys.meta_path.insert(0, _Finder(mutant))
     backend = importlib.import_module("swl.backends.cupy.backend")
@@ -426,7 +851,7 @@ def _races(backend: Any) -> str:
     return ""
 
 
-def _in_a_process(number: int) -> str:
+def _in_a_process(mutant: Mutant) -> str:
     """Judge a mutant in a process of its own: it may write anywhere."""
     parent, child = multiprocessing.get_context("fork").Pipe(duplex=False)
 
@@ -435,7 +860,7 @@ def _in_a_process(number: int) -> str:
             os.dup2(null.fileno(), 1)
             os.dup2(null.fileno(), 2)
             try:
-                child.send(verdict(number))
+                child.send(verdict(mutant))
             except Exception as error:
                 child.send(f"error: {error!r}")
 
@@ -459,7 +884,10 @@ def main(chosen: list[int]) -> int:
     importlib.import_module("cupy")
     numbers = chosen or list(range(len(MUTANTS)))
     with multiprocessing.pool.ThreadPool(2) as pool:
-        verdicts = pool.map(_in_a_process, numbers, chunksize=1)
+        intact = [Mutant("", "swl.errors", "", "", tests) for tests in {MUTANTS[i].tests for i in numbers}]
+        if any(said := pool.map(_in_a_process, intact, chunksize=1)):
+            sys.exit(f"without a mutant, too: {said}")
+        verdicts = pool.map(_in_a_process, [MUTANTS[i] for i in numbers], chunksize=1)
     print("| # | mutant | in | killed by |\n|---|---|---|---|")
     survivors = 0
     for number, said in zip(numbers, verdicts, strict=True):

@@ -255,6 +255,18 @@ def from_the_host(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
     return [*found, head.dW, whole.forward(x, t), whole.backward(each)]
 
 
+def of_the_book(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
+    ones, zeros = put(np.ones(C, np.float32)), put(np.zeros(C, np.float32))
+    dropout, norm, affine = swl.Dropout(0.5, rng=0), swl.BatchNormalization(ones, zeros), swl.Affine(numbers.W)
+    affine.grads  # noqa: B018 - from now on gradients are copied to where these are
+    found = [dropout.forward(numbers.z), dropout.backward(numbers.dy), dropout.predict(numbers.z)]
+    found += [norm.forward(numbers.z), norm.backward(numbers.dy), norm.predict(numbers.z), norm.dgamma, norm.dbeta]
+    found += [affine.forward(numbers.x), affine.backward(numbers.dy), *affine.grads]
+    loss = swl.SoftmaxWithLoss(label_smoothing=0.1)
+    found += loss.finish(loss.begin(numbers.z, numbers.t), numbers.t)
+    return [*found, swl.softmax(numbers.z), swl.accuracy(numbers.z, numbers.t)]
+
+
 def state(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
     net = network(numbers, put)
     net.load_state_dict({name: values + 1 for name, values in net.state_dict().items()})
@@ -269,6 +281,7 @@ SCRIPTS: dict[str, Callable[..., list[Any]]] = {
     "fused head": fused_head,
     "from the host": from_the_host,
     "state": state,
+    "of the book": of_the_book,
 }
 
 
@@ -377,6 +390,7 @@ TWO_DEVICES: dict[str, tuple[str, str, Callable[[Numbers, Numbers], Any]]] = {
     "head, both": ("W", "dout", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).forward_backward(a.x, a.t, b.once)),
     "head, predict": ("W", "x", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).predict(b.x)),
     "head, top_k": ("W", "x", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).top_k(b.x, 2)),
+    "BatchNormalization": ("gamma", "beta", lambda a, b: swl.BatchNormalization(a.b, b.b)),
     "SGD": ("params", "grads", lambda a, b: swl.SGD().update([a.x], [b.x])),
     "AdamW": ("params", "grads", lambda a, b: swl.AdamW().update([a.x], [b.x])),
 }

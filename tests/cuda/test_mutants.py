@@ -27,4 +27,4 @@ def test_every_mutant_is_a_change_of_what_is_there() -> None:
         files = [Path(f"{folder / mutant.file.replace('.', '/')}{ending}") for ending in endings]
         (text,) = (file.read_text(encoding="utf-8") for file in files if file.exists())
         assert mutant.replaced(text) != text
-    assert len({mutant.what for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS)
+    assert len({(mutant.file, mutant.what) for mutant in mutants.MUTANTS}) == len(mutants.MUTANTS) >= 90
