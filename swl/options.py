@@ -75,13 +75,15 @@ class Options(NamedTuple):
             raise TypeError(f"unknown option {min(unknown)!r}; legal options are {', '.join(cls._fields)}")
         self = cls(**kwargs)
         if not isinstance(self.reduction, str) or self.reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction is {self.reduction!r}; legal are 'mean', 'sum' and 'none'")
+            raise ValueError(f"reduction is {_shown(self.reduction)}; legal are 'mean', 'sum' and 'none'")
         _number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda v: 0 <= v < 1)
         _number("z_loss", self.z_loss, "finite and at least 0", lambda v: 0 <= v < math.inf)
         if self.softcap is not None:
             _number("softcap", self.softcap, "None or finite and above 0", lambda v: 0 < v < math.inf)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
             raise TypeError(f"ignore_index must be an integer, got {_shown(self.ignore_index)}")
+        if not -(2**63) <= self.ignore_index < 2**64:
+            raise ValueError(f"ignore_index must be an integer of 64 bits, got {_shown(self.ignore_index)}")
         if self.denominator is not None:
             if self.reduction != "mean":
                 raise ValueError(f"denominator applies to reduction='mean' only, got reduction={self.reduction!r}")
@@ -141,7 +143,7 @@ _MAGNITUDES = {acc: _magnitudes(acc) for acc in (np.dtype(np.float32), np.dtype(
 
 def _number(name: str, value: Any, legal: str, ok: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number {legal}, got {_shown(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a real number, {legal}, got {_shown(value)} of type {type(value).__name__}")
     try:
         number = float(value)
     except OverflowError:

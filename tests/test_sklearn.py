@@ -62,7 +62,7 @@ def test_bad_arguments_are_named() -> None:
     x, t = data("iris")
     for model, error, words in (
         (LinearClassifier(C=0), ValueError, "C must be above 0, got 0"),
-        (LinearClassifier(C="1"), TypeError, "C must be a real number above 0, got '1'"),
+        (LinearClassifier(C="1"), TypeError, "C must be a real number, above 0, got '1'"),
         (LinearClassifier(tol=-1), ValueError, "tol must be above 0, got -1"),
         (LinearClassifier(max_iter=1.5), TypeError, "max_iter must be an integer, got 1.5"),
     ):

@@ -134,6 +134,13 @@ class BatchNormalization(Layer):
             raise ValueError(f"gamma must have shape (D,), got {arrays[0].shape}")
         checks.require_shape("beta", arrays[1], arrays[0].shape, "the shape of gamma")
         self.gamma, self.beta = arrays
+        if (running_mean is None) != (running_var is None):
+            raise TypeError("running_mean and running_var must both be given, or neither")
+        for name, given in (("running_mean", running_mean), ("running_var", running_var)):
+            if given is not None:
+                with backend.scope(gamma=arrays[0]):
+                    found = checks.float_array(backend, name, given)
+                checks.require_shape(name, found, arrays[0].shape, "the shape of gamma")
         self.momentum, self.eps = float(momentum), float(eps)
         self.running_mean, self.running_var = running_mean, running_var
         self.dgamma: Any = None

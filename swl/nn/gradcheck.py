@@ -14,7 +14,7 @@ import numpy as np
 
 from swl.nn.sequential import gradients_of, leaves, parameters_of
 from swl.ops.arrays import beside, to_numpy
-from swl.ops.checks import is_float, require_integer, require_number, shown
+from swl.ops.checks import is_float, require_integer, require_number, require_plain, shown
 
 __all__ = ["GradientError", "GradientReport", "check_gradients", "numerical_gradient"]
 
@@ -55,6 +55,7 @@ def numerical_gradient(f: Callable[[Any], Any], x: Any, h: float | None = None) 
     >>> swl.numerical_gradient(lambda x: (x**2).sum(), np.array([3., 4.])).round(6)
     array([6., 8.])
     """
+    require_plain("x", x)
     if not hasattr(x, "dtype") or not is_float(x.dtype):
         raise TypeError(f"x must be an array of a floating dtype, got {getattr(x, 'dtype', type(x).__name__)}")
     if not getattr(x.flags, "writeable", True):

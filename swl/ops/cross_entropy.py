@@ -196,6 +196,8 @@ def forward_backward(
     keep: bool = False,
 ) -> tuple[Loss, Any]:
     """Compute the loss and its gradient in one sweep; the logits are gone if `out` overwrote them."""
+    if dout is None:
+        raise TypeError("dout must be a number or an array, got None")
     if not stats and stream is None and (small := _small(logits, target, options, dout, out, keep)):
         return small, small.take()
     backend = _backend_of(logits, target, options, dout, out)

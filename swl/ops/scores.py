@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from swl.backends import resolve
-from swl.ops.checks import acc_dtype, any_array, float_array, shown
+from swl.ops.checks import acc_dtype, any_array, float_array, require_integer, shown
 
 __all__ = ["accuracy", "softmax"]
 
@@ -35,6 +35,8 @@ def softmax(x: Any, axis: int = -1) -> Any:
     backend = resolve(None, {"x": x})
     with backend.scope(x=x), np.errstate(invalid="ignore", under="ignore"):
         x = float_array(backend, "x", x)
+        if not x.ndim:
+            raise ValueError("x must have at least one axis, got shape ()")
         if not isinstance(axis, int | np.integer) or not -x.ndim <= axis < x.ndim:
             raise ValueError(
                 f"axis must be an integer in [{-x.ndim}, {x.ndim}) for x of shape {x.shape}, got {shown(axis)}"
@@ -73,6 +75,7 @@ def accuracy(scores: Any, target: Any, *, ignore_index: int = -100) -> Any:
     >>> swl.accuracy(np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]), np.array([1, 0, 0]))
     0.6666666666666666
     """
+    require_integer("ignore_index", ignore_index, -(2**63))
     backend = resolve(None, {"scores": scores, "target": target})
     with backend.scope(scores=scores, target=target):
         scores, target = any_array(backend, "scores", scores), any_array(backend, "target", target)
