@@ -342,6 +342,33 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part")]
 
 
+@pytest.mark.parametrize(("variable", "launcher"), [("WORLD_SIZE", "torchrun"), ("SLURM_STEP_NUM_TASKS", "srun")])
+def test_processes_that_know_nothing_of_each_other_are_refused(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, variable: str, launcher: str
+) -> None:
+    monkeypatch.setenv(variable, "4")
+    status, lines, err = run(capsys, "train", "digits")
+    assert (status, lines) == (2, [])
+    assert re.fullmatch(
+        rf"swl: this is one of 4 processes of {launcher}.*: start them by mpiexec -n 4, or one alone\n", err
+    )
+    monkeypatch.setenv(variable, "1")
+    assert run(capsys, "train", "digits", "--epochs", "1", "--hidden", "4")[0] == 0
+
+
+def test_what_killed_processes_left_beside_a_file_is_deleted(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stale, alive, other = (
+        tmp_path / name
+        for name in (f".net.npz.{gone.pid}.part", f".net.npz.{os.getppid()}.part", f".a.npz.{gone.pid}.part")
+    )
+    for path in (stale, alive, other):
+        path.write_bytes(b"half")
+    write_whole(tmp_path / "net.npz", lambda file: file.write(b"whole"))
+    assert sorted(tmp_path.iterdir()) == sorted([alive, other, tmp_path / "net.npz"])
+
+
 def test_no_memory_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: Any, **__: Any) -> None:
         raise MemoryError("Unable to allocate 7 TiB")

@@ -184,6 +184,7 @@ def alone_or_on_ranks(
     What is wrong on one rank is found by `prepare`, without help of the others; `work` is refused by all or none.
     """
     if getattr(options, "class_parallel", 1) == 1 and not launched():  # without MPI, too
+        _check_alone()
         return work(prepare(None), None)
     with distributed.run() as comm, contextlib.ExitStack() as stack:
         if comm.rank:
@@ -207,6 +208,17 @@ def alone_or_on_ranks(
                 found = str(error)
         print(f"swl: {found}", file=sys.stderr)
         return 2
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes that know nothing of each other and would all write the same files."""
+    for launcher, count in (("torchrun", "WORLD_SIZE"), ("srun without MPI", "SLURM_STEP_NUM_TASKS")):
+        said = os.environ.get(count, "")
+        if said.isdigit() and int(said) > 1:
+            raise Refused(
+                f"this is one of {said} processes of {launcher} ({count}={said}), which would all do the same and write the "
+                f"same files: start them by mpiexec -n {said}, or one alone"
+            )
 
 
 def print_ranks(grid: distributed.Grid | None) -> None:

@@ -399,13 +399,28 @@ _DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "V2"}
 """The dtypes of parameters and moments as safetensors names them; bfloat16 as an ``.npz`` has it, two nameless bytes."""
 
 
+def _runs(process: int) -> bool:
+    """Tell whether a process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def write_whole(path: Path, write: Callable[[Any], object]) -> None:
     """Write a file under another name, bring it to the disk, then rename it: it is whole, or as it was.
 
-    The other name is always the same, so that a killed run's is overwritten by the next.
+    The other name has the number of this process. What killed processes left of this file is deleted.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        for old in path.parent.iterdir():
+            left = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)\.part", old.name)
+            if left and not _runs(int(left[1])):
+                old.unlink(missing_ok=True)
         with temporary.open("wb") as file:
             write(file)
             file.flush()
