@@ -11,7 +11,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import count, takewhile
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from needs import ROOT
 
 import swl
 from swl.backends.host import blas
-from swl.backends.host.threads import Pool
+from swl.backends.host.threads import Pool, _Job
 
 needs_timers = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timers")
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -44,6 +46,46 @@ def pool() -> Iterator[Pool]:
     pool.threads = 3
     yield pool
     pool.threads = 1
+
+
+@pytest.mark.parametrize("preempted", ["the caller", "a thread of the pool"])
+def test_no_range_is_lost_wherever_another_thread_goes_ahead(preempted: str) -> None:
+    """Before each instruction of one thread's, the other does all there is to do."""
+
+    def preempted_at(step: int) -> bool:
+        ended: list[int] = []
+        job = _Job(lambda begin, end: ended.append(begin), 3, 3)
+        returned: list[list[int]] = []
+
+        def call() -> None:
+            job.work_off()
+            job.wait()
+            returned.append(sorted(ended))
+
+        first, second = (call, job.assist) if preempted == "the caller" else (job.assist, call)
+        other = threading.Thread(target=second)
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal step
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                step -= 1
+                if step == 0:
+                    other.start()
+                    other.join(0.02)  # it may have to wait for this one
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        first()
+        sys.settrace(before)
+        if other.ident is None:
+            return False
+        other.join()
+        assert returned == [[0, 1, 2]]
+        return True
+
+    assert sum(1 for _ in takewhile(preempted_at, count(1))) > 30
 
 
 @needs_timers

@@ -30,26 +30,27 @@ def _available() -> int:
 class _Job:
     """Ranges of one piece of work, from which each thread that has time takes the next."""
 
-    __slots__ = ("_at_work", "_edges", "_left", "_next", "error", "parts", "work")
+    __slots__ = ("_at_work", "_begun", "_edges", "_left", "_next", "error", "parts", "work")
 
     def __init__(self, work: Callable[[int, int], object], n: int, parts: int) -> None:
         self.work = work
         self.parts = parts
         self._edges = [n * k // parts for k in range(parts + 1)]
         self._next = itertools.count()
+        self._begun = False  # every range: who comes late need not look
         self._at_work: set[int] = set()  # threads of the pool that may have begun a range
         self._left: SimpleQueue[None] = SimpleQueue()
         self.error: BaseException | None = None
 
     def work_off(self) -> None:
-        """Work until no range is left to begin."""
+        """Work until no range is left to begin; who has taken one and sees `parts` at 0 drops it, so only errors set that."""
         while (part := next(self._next)) < self.parts:
             self.work(self._edges[part], self._edges[part + 1])
-        self.parts = 0
+        self._begun = True
 
     def assist(self) -> None:
         """Do so on a thread of the pool; an error ends the job, and is kept for the caller."""
-        if not self.parts:
+        if self._begun:
             return
         me = _thread.get_ident()
         self._at_work.add(me)  # before a range is begun: who finds none left and nobody at work is done
