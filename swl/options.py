@@ -82,8 +82,6 @@ class Options(NamedTuple):
             _number("softcap", self.softcap, "None or finite and above 0", lambda v: 0 < v < math.inf)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
             raise TypeError(f"ignore_index must be an integer, got {_shown(self.ignore_index)}")
-        if not -(2**63) <= self.ignore_index < 2**64:
-            raise ValueError(f"ignore_index must be an integer of 64 bits, got {_shown(self.ignore_index)}")
         if self.denominator is not None:
             if self.reduction != "mean":
                 raise ValueError(f"denominator applies to reduction='mean' only, got reduction={self.reduction!r}")

@@ -104,7 +104,6 @@ def call(backend: Any, **changes: Any) -> Any:
         ({"ignore_index": Fraction(1)}, TypeError, "ignore_index"),
         ({"ignore_index": "1"}, TypeError, "ignore_index"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index.*1.0"),
-        ({"ignore_index": 10**400}, ValueError, "ignore_index must be an integer of 64 bits, got 1000"),
         ({"ignore_index": True}, TypeError, "ignore_index.*True"),
         ({"check": "yes"}, TypeError, "check.*'yes'"),
         ({"smoothing": 0.1}, TypeError, "smoothing.*label_smoothing"),

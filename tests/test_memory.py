@@ -322,7 +322,7 @@ def test_info_tells_what_the_pool_holds(capsys: Any) -> None:
     result()
     swl.info()
     line = next(line for line in capsys.readouterr().out.splitlines() if "swl.empty_cache()" in line)
-    assert line.split(maxsplit=1)[1].startswith("1 MiB in results, 1 MiB kept for later ones of at most 1024 MiB")
+    assert line.split(maxsplit=1)[1].startswith("1 MiB in results, 1 MiB kept for later ones of at most 1,024 MiB")
     del kept
 
 

@@ -72,7 +72,7 @@ def generator(rng: Any) -> np.random.Generator:
         raise TypeError(f"rng must be a numpy.random.Generator, a seed or None, got {shown(rng)}") from None
 
 
-def require_integer(name: str, value: Any, least: int) -> int:
+def require_integer(name: str, value: Any, least: float) -> int:
     """Return an integer argument that is at least so large."""
     if isinstance(value, bool | np.bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer, got {shown(value)} of type {type(value).__name__}")

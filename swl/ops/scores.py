@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def accuracy(scores: Any, target: Any, *, ignore_index: int = -100) -> Any:
     >>> swl.accuracy(np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]), np.array([1, 0, 0]))
     0.6666666666666666
     """
-    require_integer("ignore_index", ignore_index, -(2**63))
+    require_integer("ignore_index", ignore_index, -math.inf)
     backend = resolve(None, {"scores": scores, "target": target})
     with backend.scope(scores=scores, target=target):
         scores, target = any_array(backend, "scores", scores), any_array(backend, "target", target)
