@@ -357,8 +357,8 @@ def test_what_belongs_to_someone_else_is_refused(cache: Any, tmp_path: Path, giv
 
 
 def test_changed_sources_are_compiled_anew(package: Path, tmp_path: Path) -> None:
-    """Also where neither size nor time stamp tell of the change."""
-    where = {"PYTHONPATH": package}
+    """Also where neither size nor time stamp tell of the change, by which Python's own files of bytecode would go."""
+    where = {"PYTHONPATH": package, "PYTHONDONTWRITEBYTECODE": 1}
     assert ids(tmp_path, "int64", **where) > 0
     assert ids(tmp_path, "int64", **where) == 0
     source = package / "swl" / "backends" / "numba" / "kernels.py"
@@ -368,7 +368,7 @@ def test_changed_sources_are_compiled_anew(package: Path, tmp_path: Path) -> Non
     source.write_text(text.replace("count += 1", "count -= 1"))
     os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert source.stat().st_size == stamp.st_size
-    n_compiled, result = finish(start(COUNT + IDS + REPORT, tmp_path, "int64", PYTHONPATH=package))
+    n_compiled, result = finish(start(COUNT + IDS + REPORT, tmp_path, "int64", **where))
     assert n_compiled > 0
     assert result[0][1] == -3.0
 
