@@ -124,11 +124,15 @@ def forgive() -> None:
 
 
 class Work(NamedTuple):
-    """Something a device did: where, and on which stream."""
+    """Something a device did: where, on which stream, and what it moved and multiplied, as far as the driver knows."""
 
     what: str
     device: int
     stream: int
+    read: int
+    written: int
+    multiply_adds: int
+    arithmetic: str
 
 
 @contextmanager
@@ -140,8 +144,8 @@ def recorded() -> Iterator[list[Work]]:
         yield works
     finally:
         for line in lib.fakecuda_logged().decode().splitlines():
-            what, device, stream = line.split("\t")
-            works.append(Work(what, int(device), int(stream)))
+            what, *numbers, arithmetic = line.split("\t")
+            works.append(Work(what, *map(int, numbers), arithmetic))
         lib.fakecuda_log(0)
 
 

@@ -113,7 +113,6 @@ static int gemm(Blas* handle, Product p, int compute_type) {
   LOCK;
   Stream* stream = stream_of(handle->stream);
   const bool wide = compute_type == COMPUTE_64F;
-  if (settings.dry) return 0;
   if (handle->device != current || stream->device != current) return INVALID_VALUE;
   if (compute_type == COMPUTE_32F_FAST_TF32 && p.type != R_32F) return NOT_SUPPORTED;
   if ((compute_type != COMPUTE_32F && compute_type != COMPUTE_32F_FAST_TF32 && !wide) || wide != (p.type == R_64F))
@@ -127,7 +126,11 @@ static int gemm(Blas* handle, Product p, int compute_type) {
   p.rounds_parts = settings.reduced && size_of(p.type_c) == 2 && !(handle->math_mode & DISALLOW_REDUCED_PRECISION);
   p.tf32 = compute_type == COMPUTE_32F_FAST_TF32;
   const std::string what = std::string("gemmEx of ") + name_of(p.type) + " into " + name_of(p.type_c);
-  return enqueue(stream, what, [=] { wide ? compute<double>(p) : compute<float>(p); }) ? EXECUTION_FAILED : 0;
+  const long long m = p.m, n = p.n, k = p.k, into = m * n * size_of(p.type_c);
+  const Cost cost = {(long long)size_of(p.type) * (m * k + k * n) + (p.beta ? into : 0), into, m * n * k,
+      std::string(p.tf32 ? "tfloat32" : name_of(p.type)) + " in " +
+          name_of(p.rounds_parts ? p.type_c : wide ? R_64F : R_32F)};
+  return enqueue(stream, what, [=] { wide ? compute<double>(p) : compute<float>(p); }, cost) ? EXECUTION_FAILED : 0;
 }
 
 API int cublasCreate_v2(Blas** out) { return *out = new Blas{current}, 0; }

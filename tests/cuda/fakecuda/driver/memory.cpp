@@ -71,9 +71,9 @@ static cudaError_t copy(void* to, const void* from, size_t size, Stream* stream,
   cudaError_t error;
   if (host_source && !host_target) {
     const auto staged = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + size);
-    error = enqueue(stream, "copy", [=] { memcpy(to, staged->data(), size); });
+    error = enqueue(stream, "copy", [=] { memcpy(to, staged->data(), size); }, {0, (long long)size});
   } else {
-    error = enqueue(stream, "copy", [=] { memmove(to, from, size); });
+    error = enqueue(stream, "copy", [=] { memmove(to, from, size); }, {(long long)size, (long long)size});
   }
   return error || stream->capture || !(wait || host_target) ? error : wait_for(stream);
 }
@@ -163,7 +163,7 @@ API cudaError_t cudaMemcpyPeer(void* to, int there, const void* from, int here, 
 }
 API cudaError_t cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t stream) {
   LOCK;
-  return fail(enqueue(stream_of(stream), "memset", [=] { memset(to, value, size); }));
+  return fail(enqueue(stream_of(stream), "memset", [=] { memset(to, value, size); }, {0, (long long)size}));
 }
 API cudaError_t cudaMemset(void* to, int value, size_t size) { return cudaMemsetAsync(to, value, size, nullptr); }
 API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
@@ -171,7 +171,7 @@ API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, s
   LOCK;
   return fail(enqueue(stream_of(stream), "copy", [=] {
     for (size_t i = 0; i < height; ++i) memcpy((char*)to + i * to_pitch, (const char*)from + i * from_pitch, width);
-  }));
+  }, {(long long)(width * height), (long long)(width * height)}));
 }
 API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* out, const void* pointer) {
   LOCK;

@@ -28,7 +28,7 @@ struct Settings {
   int processors = 132, shared = 227 << 10, capability = 90;  // of an H100
   int reverse = 0;  // fibers, blocks and the nodes of a graph by falling number, where that is legal
   int ahead = 0;    // when the host waits for a stream, all others have run first
-  int dry = 0;      // kernels and products are judged, and not run
+  int dry = 0;      // work is judged and logged, and not run
   int reduced = 1;  // 16-bit products whose parts are added up in 16 bits, unless the math mode forbids it
 };
 extern Settings settings;
@@ -47,6 +47,12 @@ enum Ask { WAIT, COPY_FROM_HOST };
 bool refused(Ask ask, const char* what);
 
 // ------------------------------------------------------------------------------------------------ streams
+
+// What a piece of work moves and multiplies; of kernels that are not CuPy's own, only Python knows the arrays (ledger.py).
+struct Cost {
+  long long read = 0, written = 0, multiply_adds = 0;
+  std::string arithmetic;  // of a product: operands and sums
+};
 
 struct Node {
   std::string what;
@@ -77,11 +83,11 @@ struct Stream {
 Stream* stream_of(cudaStream_t handle);
 Stream* null_stream(int device);
 void drain(Stream* stream, u64 upto);
-cudaError_t enqueue(Stream* stream, const std::string& what, std::function<void()> run);
+cudaError_t enqueue(Stream* stream, const std::string& what, std::function<void()> run, const Cost& cost = {});
 cudaError_t wait_for(Stream* stream);
 cudaError_t wait_for_device(int device);
 bool capturing();
-void log_work(const std::string& what, const Stream* stream);
+void log_work(const std::string& what, const Stream* stream, const Cost& cost = {});
 
 // ------------------------------------------------------------------------------------------------ memory
 

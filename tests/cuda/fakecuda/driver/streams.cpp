@@ -41,10 +41,12 @@ static std::vector<Stream*> on(int device) {
   return found;
 }
 
-void log_work(const std::string& what, const Stream* stream) {
+void log_work(const std::string& what, const Stream* stream, const Cost& cost) {
   if (!logging) return;
   const u64 handle = is_null(stream) ? 0 : (u64)stream;
-  log_text += what + "\t" + std::to_string(stream->device) + "\t" + std::to_string(handle) + "\n";
+  log_text += what + "\t" + std::to_string(stream->device) + "\t" + std::to_string(handle);
+  for (const long long n : {cost.read, cost.written, cost.multiply_adds}) log_text += "\t" + std::to_string(n);
+  log_text += "\t" + cost.arithmetic + "\n";
 }
 
 void drain(Stream* stream, u64 upto) {
@@ -78,9 +80,10 @@ static cudaError_t breaks(Graph* graph, cudaError_t error) {
   return fail(error);
 }
 
-cudaError_t enqueue(Stream* stream, const std::string& what, std::function<void()> run) {
+cudaError_t enqueue(Stream* stream, const std::string& what, std::function<void()> run, const Cost& cost) {
   if (sticky) return sticky;
-  log_work(what, stream);
+  log_work(what, stream, cost);
+  if (settings.dry) run = [] {};
   if (Graph* graph = stream->capture) {
     if (graph->broken) return fail(cudaErrorStreamCaptureInvalidated);
     graph->nodes.push_back({what, std::move(run), stream->last});
