@@ -8,24 +8,46 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
-__all__ = ["DEFAULTS", "OptionKwargs", "Options", "Reduction", "require_magnitudes"]
+__all__ = ["DEFAULTS", "NUMBERS", "ExtraKwargs", "OptionKwargs", "Options", "Reduction", "require_magnitudes"]
 
 Reduction = Literal["mean", "sum", "none"]
 
 
-class OptionKwargs(TypedDict, total=False):
-    """The keyword arguments that every loss of the library takes; see `Options` for their meaning."""
+class ExtraKwargs(TypedDict, total=False):
+    """The keyword arguments that torch's losses have not; see `Options` for their meaning."""
+
+    sample_weight: Any
+    z_loss: float
+    softcap: float | None
+    denominator: Any
+
+
+class OptionKwargs(ExtraKwargs, total=False):
+    """The keyword arguments that every loss of the library takes."""
 
     weight: Any
     ignore_index: int
     reduction: Reduction
     label_smoothing: float
-    sample_weight: Any
-    z_loss: float
-    softcap: float | None
-    denominator: Any
     backend: str | None
     check: bool | None
+
+
+class Number(NamedTuple):
+    """What is legal for an option that is a number: finite, and at least or above 0."""
+
+    legal: str
+    closed: bool = False  # 0 is legal
+    below: float = math.inf
+
+
+NUMBERS = {
+    "label_smoothing": Number("in [0, 1)", closed=True, below=1.0),
+    "z_loss": Number("finite and at least 0", closed=True),
+    "softcap": Number("None or finite and above 0"),
+}
+"""The options that are numbers, in the order in which operations carry them."""
+DENOMINATOR = Number("finite and above 0")
 
 
 class Options(NamedTuple):
@@ -59,6 +81,10 @@ class Options(NamedTuple):
         """Return the options that may be arrays, by name; None where not given."""
         return {name: getattr(self, name) for name in ("weight", "sample_weight", "denominator")}
 
+    def numbers(self) -> dict[str, float]:
+        """Return the options that are numbers, by name; 0.0 for None. Kernels are compiled for floats alone."""
+        return {name: float(getattr(self, name) or 0.0) for name in NUMBERS}
+
     @classmethod
     def checked(cls, kwargs: OptionKwargs) -> Options:
         """Build the options and check whatever can be checked without the arrays.
@@ -76,17 +102,17 @@ class Options(NamedTuple):
         self = cls(**kwargs)
         if not isinstance(self.reduction, str) or self.reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction is {_shown(self.reduction)}; legal are 'mean', 'sum' and 'none'")
-        _number("label_smoothing", self.label_smoothing, "in [0, 1)", lambda v: 0 <= v < 1)
-        _number("z_loss", self.z_loss, "finite and at least 0", lambda v: 0 <= v < math.inf)
-        if self.softcap is not None:
-            _number("softcap", self.softcap, "None or finite and above 0", lambda v: 0 < v < math.inf)
+        for name, number in NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None or getattr(DEFAULTS, name) is not None:
+                _check_number(name, value, number)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
             raise TypeError(f"ignore_index must be an integer, got {_shown(self.ignore_index)}")
         if self.denominator is not None:
             if self.reduction != "mean":
                 raise ValueError(f"denominator applies to reduction='mean' only, got reduction={self.reduction!r}")
             if getattr(self.denominator, "ndim", None) != 0 or isinstance(self.denominator, numbers.Number):
-                _number("denominator", self.denominator, "finite and above 0", lambda v: 0 < v < math.inf)
+                _check_number("denominator", self.denominator, DENOMINATOR)
         if self.check is not None and not isinstance(self.check, bool | np.bool):
             raise TypeError(f"check must be True, False or None, got {_shown(self.check)}")
         return self
@@ -96,15 +122,7 @@ DEFAULTS = Options()
 """What `Options.checked` gives where there are none."""
 
 
-def require_magnitudes(
-    acc: np.dtype[Any],
-    C: int,
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    denominator: float | None = None,
-) -> None:
+def require_magnitudes(acc: np.dtype[Any], C: int, **numbers: float | None) -> None:
     """Check that options which are not 0 have a magnitude that arithmetic in `acc` can work with.
 
     Legal are ``tiny/eps`` to ``eps/tiny`` of the dtype, 1e-31 to 1e31 in float32: there a quotient by the number that
@@ -116,12 +134,8 @@ def require_magnitudes(
         Naming the option, what came and what is legal.
     """
     least, most = _MAGNITUDES[acc]
-    for name, value, low in (
-        ("label_smoothing", label_smoothing, C * least),  # kernels take ε/C
-        ("z_loss", z_loss, least),
-        ("softcap", softcap, least),
-        ("denominator", denominator, least),
-    ):
+    for name, value in numbers.items():
+        low = C * least if name == "label_smoothing" else least  # kernels take ε/C
         if value and not low <= value <= most:
             high = "1)" if name == "label_smoothing" else f"{most:.3g}]"
             raise ValueError(
@@ -139,15 +153,17 @@ def _magnitudes(acc: np.dtype[Any]) -> tuple[float, float]:
 _MAGNITUDES = {acc: _magnitudes(acc) for acc in (np.dtype(np.float32), np.dtype(np.float64))}
 
 
-def _number(name: str, value: Any, legal: str, ok: Any) -> None:
+def _check_number(name: str, value: Any, number: Number) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, {legal}, got {_shown(value)} of type {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be a real number, {number.legal}, got {_shown(value)} of type {type(value).__name__}"
+        )
     try:
-        number = float(value)
+        v = float(value)
     except OverflowError:
-        number = math.inf
-    if not ok(number):  # a NaN fails every comparison
-        raise ValueError(f"{name} must be {legal}, got {_shown(value)}")
+        v = math.inf
+    if not ((v >= 0 if number.closed else v > 0) and v < number.below):  # a NaN fails every comparison
+        raise ValueError(f"{name} must be {number.legal}, got {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

@@ -197,14 +197,11 @@ def problem(
             denominator = target.count if sample_weight is None else weighted_count(xp, target, sample_weight)
         else:
             denominator = _denominator(backend, denominator)
-    eps, z_loss = (
-        float(options.label_smoothing),
-        float(options.z_loss),
-    )  # kernels are compiled for one type of each number
-    softcap = float(options.softcap or 0.0)
+    numbers: dict[str, Any] = options.numbers()
     if options is not DEFAULTS:
         given = denominator if isinstance(denominator, float) and options.denominator is not None else None
-        require_magnitudes(acc, C, label_smoothing=eps, z_loss=z_loss, softcap=softcap, denominator=given)
+        require_magnitudes(acc, C, denominator=given, **numbers)
+    eps = numbers.pop("label_smoothing")
     spec = Target(
         ids=target.ids,
         probs=target.probs,
@@ -212,8 +209,7 @@ def problem(
         row_weight=target.row_weight,
         hot=1.0 - eps,
         rest=eps / C,
-        softcap=softcap,
-        z_loss=z_loss,
         bias=None if bias is None else xp.ascontiguousarray(bias, dtype=acc),
+        **numbers,
     )
     return Problem(backend, source, options, spec, leading, n_rows, acc, sample_weight, denominator)

@@ -8,33 +8,17 @@ a gradient of a mean underflows before a loss scale reaches it, backward is alwa
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
-from swl.backends import Rows
-from swl.backends.protocol import joined
+from swl.options import ExtraKwargs, Options
 from swl.torch._bridge import host_scalar
-from swl.torch._loss import (
-    ACC,
-    NO_TENSORS,
-    Loss,
-    Settings,
-    Tensors,
-    are_defaults,
-    at_once,
-    check,
-    check_values,
-    composed,
-    out_dtype,
-    route,
-    settings,
-    target_gradient,
-    tensors,
-)
+from swl.torch._loss import Loss, at_once, check, check_values, composed, out_dtype, route, target_gradient
+from swl.torch._options import ACC, are_defaults, checked, packed, unpacked
 
 __all__ = ["cross_entropy"]
 
@@ -48,11 +32,7 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    *,
-    sample_weight: Tensor | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    denominator: Tensor | float | None = None,
+    **extra: Unpack[ExtraKwargs],
 ) -> Tensor:
     """Compute the cross-entropy of logits: `torch.nn.functional.cross_entropy` on swl's kernels.
 
@@ -69,14 +49,9 @@ def cross_entropy(
         Torch's old names for `reduction`.
     ignore_index, reduction, label_smoothing
         As torch has them; ``label_smoothing`` in [0, 1).
-    sample_weight : Tensor, of the shape of class ids, optional
-        Row weights.
-    z_loss : float
-        λ of ``λ·m·lse²``.
-    softcap : float, optional
-        κ of ``z = κ·tanh(input/κ)``.
-    denominator : float or 0-d Tensor, optional
-        What the mean divides by.
+    **extra
+        What `swl.options.Options` has beyond torch: ``sample_weight`` (of the shape of class ids), ``z_loss``, ``softcap``,
+        ``denominator``.
 
     Returns
     -------
@@ -106,46 +81,34 @@ def cross_entropy(
     tensor([-0.3750,  0.1250,  0.1250,  0.1250])
     """
     if (
-        (weight is size_average is reduce is sample_weight is softcap is denominator is None)
-        and are_defaults(reduction, ignore_index, label_smoothing, z_loss)
+        (weight is size_average is reduce is None)
+        and are_defaults(reduction, ignore_index, label_smoothing, extra)
         and route(input, target) == "at hand"
     ):
         tracked = input.requires_grad and torch.is_grad_enabled()
         small = at_once(input, target, ignore_index, tracked)
         if small is not None:
             if tracked:
-                return _apply(input, target, _without_options(ignore_index), input.dtype, small)
+                options = checked(input, None, reduction, ignore_index, label_smoothing, extra)
+                return _apply(input, target, options, False, input.dtype, small)
             return host_scalar(small[0], input.dtype)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    setting = settings(reduction, ignore_index, label_smoothing, z_loss, softcap)
-    given = tensors(input, weight, sample_weight, denominator, reduction)
-    probabilities = check(input, target, given, setting)
+    options = checked(input, weight, reduction, ignore_index, label_smoothing, extra)
+    probabilities = check(input, target, options)
     dtype = out_dtype(input, target, probabilities)
-    way = route(input, target, *given)
+    way = route(input, target, *options.arrays().values())
     if way == "traced":
-        return _operation(input, target, *given, *setting, dtype)[0]
+        return _operation(input, target, *packed(options), dtype)[0]
     if way == "transformed":
         C = input.shape[0 if input.ndim == 1 else 1]
-        check_values(target, C, ACC[input.dtype], given, setting, probabilities)
-        return composed(input, target, given, setting, probabilities).to(dtype)
+        check_values(target, C, ACC[input.dtype], options, probabilities)
+        return composed(input, target, options, probabilities).to(dtype)
     if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        return _CrossEntropy.apply(input, target, (given, setting, probabilities), dtype)
-    return forward(input, target, given, setting, probabilities, dtype)
-
-
-@functools.cache
-def _without_options(ignore_index: int) -> tuple[Tensors, Settings, bool]:
-    return NO_TENSORS, Settings("mean", ignore_index), False
-
-
-def forward(
-    input: Tensor, target: Tensor, given: Tensors, setting: Settings, probabilities: bool, dtype: torch.dtype
-) -> Tensor:
-    """Compute the loss alone."""
-    loss = Loss.of(input, target, given, setting, probabilities)
+        return _CrossEntropy.apply(input, target, options, probabilities, dtype)
+    loss = Loss.of(input, target, options, probabilities)
     with loss.bridge.scope():
-        return loss.reduce(loss.forward(input).loss, dtype)
+        return loss.reduce(loss.forward().loss, dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -156,28 +119,29 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any,
         input: Tensor,
         target: Tensor,
-        options: tuple[Tensors, Settings, bool],
+        options: Options,
+        probabilities: bool,
         dtype: torch.dtype,
         small: tuple[float, Tensor] | None = None,
     ) -> Tensor:
         ctx.save_for_backward(input, target)
-        ctx.options = options
+        ctx.options = options, probabilities
         if small is not None:
             ctx.loss, ctx.gradient = None, small[1]
             return host_scalar(small[0], dtype)
-        ctx.loss = loss = Loss.of(input, target, *options)
+        ctx.loss = loss = Loss.of(input, target, options, probabilities)
         with loss.bridge.scope():
-            one_sweep = loss.bridge.on_host and options[1].reduction != "none" and input.dtype is not torch.float16
+            one_sweep = loss.bridge.on_host and options.reduction != "none" and input.dtype is not torch.float16
             if one_sweep and ctx.needs_input_grad[0]:
-                ctx.rows, ctx.gradient = loss.both(input)
+                ctx.rows, ctx.gradient = loss.both()
             else:
-                ctx.rows, ctx.gradient = loss.forward(input), None
+                ctx.rows, ctx.gradient = loss.forward(), None
             return loss.reduce(ctx.rows.loss, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return *_twice(ctx, grad_output), None, None, None
+            return *_twice(ctx, grad_output), None, None, None, None
         (d_input, ctx.gradient), d_target = (ctx.gradient, None), None
         if d_input is not None and not math.isfinite(scale := grad_output.item()):
             d_input = None  # a row that is ignored gets 0 all the same
@@ -185,18 +149,18 @@ class _CrossEntropy(torch.autograd.Function):
             if scale != 1.0:
                 d_input.mul_(grad_output)
             if ctx.loss is None or not ctx.needs_input_grad[1]:
-                return d_input, None, None, None, None
+                return d_input, None, None, None, None, None
         if ctx.loss is None:  # of a small problem, whose gradient has been handed over
             input, target = ctx.saved_tensors
             ctx.loss = Loss.of(input, target, *ctx.options)
-            ctx.rows = ctx.loss.forward(input)
+            ctx.rows = ctx.loss.forward()
         loss, rows = ctx.loss, ctx.rows
         with loss.bridge.scope():
             if d_input is None and ctx.needs_input_grad[0]:
-                d_input = loss.backward(ctx.saved_tensors[0], rows, loss.row_scale(grad_output))
+                d_input = loss.backward(grad_output, rows)
             if ctx.needs_input_grad[1]:
                 d_target = _target_gradient(ctx, grad_output)
-        return d_input, d_target, None, None, None
+        return d_input, d_target, None, None, None, None
 
 
 _apply = super(torch.autograd.Function, _CrossEntropy).apply
@@ -205,9 +169,8 @@ _apply = super(torch.autograd.Function, _CrossEntropy).apply
 
 def _target_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
     (input, target), rows, tensor = ctx.saved_tensors, ctx.rows, ctx.loss.bridge.tensor
-    scale = tensor(ctx.loss.row_scale(grad_output))
-    given, setting, _ = ctx.options
-    grad = target_gradient(input, target, tensor(rows.row_max), tensor(rows.log_sum), scale, given.weight, setting)
+    scale, (options, _) = ctx.loss.row_scale(grad_output), ctx.options
+    grad = target_gradient(input, target, tensor(rows.row_max), tensor(rows.log_sum), scale, options)
     return grad.to(target.dtype)
 
 
@@ -224,37 +187,30 @@ def _twice(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]
 # ------------------------------------------------------------------------------------------------ custom operations
 
 
-def _rebuilt(input: Tensor, target: Tensor, options: tuple[Any, ...]) -> tuple[Loss, Tensors, Settings]:
-    given, setting = Tensors(*options[:3]), Settings(*options[3:])
-    return Loss.of(input, target, given, setting, target.shape == input.shape), given, setting
-
-
 @torch.library.custom_op("swl::cross_entropy", mutates_args=())
 def _operation(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    denominator: Tensor | None,
+    tensors: Sequence[Tensor],
+    names: str,
     reduction: str,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    numbers: Sequence[float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    options = weight, sample_weight, denominator, reduction, ignore_index, label_smoothing, z_loss, softcap
-    loss, _, _ = _rebuilt(input, target, options)
+    options = unpacked(tensors, names, reduction, ignore_index, numbers)
+    loss = Loss.of(input, target, options, target.shape == input.shape)
     with loss.bridge.scope():
-        rows = loss.forward(input)
-        kept = joined(loss.problem.backend.xp, [field[None] for field in (rows.row_max, rows.log_sum, rows.mass)])
-        return loss.reduce(rows.loss, dtype), loss.bridge.tensor(kept)
+        rows = loss.forward()
+        return loss.reduce(rows.loss, dtype), loss.kept(rows)
 
 
 @_operation.register_fake
-def _(input: Any, target: Any, *options: Any) -> Any:
+def _(
+    input: Any, target: Any, tensors: Any, names: Any, reduction: Any, ignore_index: Any, numbers: Any, dtype: Any
+) -> Any:
     shape = input.shape[:1] + input.shape[2:] if input.ndim > 1 else ()
-    loss = input.new_empty(shape if options[3] == "none" else (), dtype=options[-1])
+    loss = input.new_empty(shape if reduction == "none" else (), dtype=dtype)
     acc = torch.float64 if input.dtype is torch.float64 else torch.float32
     n = 1
     for size in shape:
@@ -269,26 +225,21 @@ def _operation_backward(
     target: Tensor,
     kept: Tensor,
     of_target: bool,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    denominator: Tensor | None,
+    tensors: Sequence[Tensor],
+    names: str,
     reduction: str,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    numbers: Sequence[float],
 ) -> Tensor:
-    options = weight, sample_weight, denominator, reduction, ignore_index, label_smoothing, z_loss, softcap
-    loss, given, setting = _rebuilt(input, target, options)
+    options = unpacked(tensors, names, reduction, ignore_index, numbers)
+    loss = Loss.of(input, target, options, target.shape == input.shape)
     with loss.bridge.scope():
-        scale = loss.row_scale(grad_output)
         if of_target:
-            scale = loss.bridge.tensor(scale)
-            grad = target_gradient(input, target, kept[0], kept[1], scale, given.weight, setting).to(target.dtype)
+            scale = loss.row_scale(grad_output)
+            grad = target_gradient(input, target, kept[0], kept[1], scale, options).to(target.dtype)
             return grad.clone(memory_format=torch.contiguous_format)
-        row_max, log_sum, mass = loss.bridge.array(kept)
-        grad = loss.backward(input, Rows(None, row_max, log_sum, None, mass), scale)
-        return grad.contiguous()  # the layout that the fake operation tells the compiler of
+        # of the layout that the fake operation tells the compiler of
+        return cast("Tensor", loss.backward(grad_output, loss.rows(kept))).contiguous()
 
 
 @_operation_backward.register_fake
@@ -297,18 +248,17 @@ def _(grad_output: Any, input: Any, target: Any, kept: Any, of_target: bool, *op
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, target, *tensors_, reduction, ignore_index, eps, z_loss, softcap, _ = inputs
-    ctx.save_for_backward(input, target, output[1], *tensors_)
-    ctx.setting = reduction, ignore_index, eps, z_loss, softcap
+    input, target, tensors, *ctx.others, _ = inputs
+    ctx.save_for_backward(input, target, output[1], *tensors)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    input, target, kept, *options = ctx.saved_tensors
+def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
+    input, target, kept, *tensors = ctx.saved_tensors
     grads = (
-        _operation_backward(grad_loss, input, target, kept, of_target, *options, *ctx.setting) if needed else None
+        _operation_backward(grad_loss, input, target, kept, of_target, tensors, *ctx.others) if needed else None
         for needed, of_target in zip(ctx.needs_input_grad, (False, True), strict=False)
     )
-    return *grads, *(None,) * 9
+    return *grads, [None] * len(tensors), *(None,) * 5
 
 
 _operation.register_autograd(_backward, setup_context=_setup_context)

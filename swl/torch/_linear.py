@@ -8,35 +8,23 @@ a loss scale reaches it, on a second backward, and in a compiled graph, backward
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from swl.backends import Rows
-from swl.backends.protocol import joined
 from swl.ops.affine import Operands
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.ops.linear_cross_entropy import ALL
 from swl.ops.linear_cross_entropy import check as check_linear
-from swl.options import Options
+from swl.ops.loss import Problem, Source
+from swl.options import DEFAULTS, ExtraKwargs, Options
 from swl.torch._bridge import Bridge, bridge
 from swl.torch._cross_entropy import cross_entropy
-from swl.torch._loss import (
-    ACC,
-    FLOATS,
-    Loss,
-    Settings,
-    Tensors,
-    check,
-    check_values,
-    composed,
-    route,
-    settings,
-    target_gradient,
-    tensors,
-)
+from swl.torch._loss import FLOATS, Loss, check, check_values, composed, route, target_gradient
+from swl.torch._options import ACC, as_arrays, checked, packed, unpacked
 
 __all__ = ["affine", "linear_cross_entropy"]
 
@@ -209,11 +197,8 @@ def linear_cross_entropy(
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     options: Any = None,
-    sample_weight: Tensor | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    denominator: Tensor | float | None = None,
     memory_budget: int = DEFAULT_BUDGET,
+    **extra: Unpack[ExtraKwargs],
 ) -> Tensor:
     """Compute the cross-entropy of ``input·linear_weightᵀ + linear_bias`` without storing the logits.
 
@@ -227,7 +212,7 @@ def linear_cross_entropy(
     target : Tensor
         Class ids or probabilities, of the shapes that the logits ask for.
     linear_bias : Tensor, shape (C,) or (C, d1, ..., dK), optional
-    weight, reduction, label_smoothing, sample_weight, z_loss, softcap, denominator
+    weight, reduction, label_smoothing, **extra
         As in `cross_entropy`.
     ignore_index : int, optional
         For class ids only; -100 by default.
@@ -255,9 +240,8 @@ def linear_cross_entropy(
     """
     if linear_weight.ndim > 2:
         return _positions(
-            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
-            sample_weight=sample_weight, z_loss=z_loss, softcap=softcap, denominator=denominator,
-        )  # fmt: skip
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, extra
+        )
     dtype_before = input.dtype
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     _check_affine(input, linear_weight, linear_bias, ("input", "linear_weight", "linear_bias"))
@@ -265,40 +249,40 @@ def linear_cross_entropy(
     probabilities = target.shape == (*leading, C)
     if probabilities and ignore_index is not None:
         raise ValueError("ignore_index cannot be given with a target of probabilities")
-    setting = settings(reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap)
-    given = tensors(input, weight, sample_weight, denominator, reduction)
+    ignored = DEFAULTS.ignore_index if ignore_index is None else ignore_index
+    given = checked(input, weight, reduction, ignored, label_smoothing, extra)
     rows = math.prod(leading)
     if target.shape not in (leading, (*leading, C)):
         raise ValueError(
             f"target must have shape {tuple(leading)} (class ids) or {(*leading, C)} (probabilities), "
             f"got {tuple(target.shape)}"
         )
-    if sample_weight is not None:
+    if (sample_weight := given.sample_weight) is not None:
         if sample_weight.shape != leading:
             raise ValueError(f"sample_weight must have shape {tuple(leading)}, got {tuple(sample_weight.shape)}")
         given = given._replace(sample_weight=sample_weight.reshape(rows))
     x = input.reshape(rows, input.shape[-1])
     t = target.reshape(rows, C) if probabilities else target.reshape(rows)
-    check(x.new_empty(()).expand(rows, C), t, given, setting)
+    check(x.new_empty(()).expand(rows, C), t, given)
     dtype = torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype
     if torch.is_autocast_enabled(input.device.type) and dtype_before is not torch.float64:
         dtype = torch.float32
     if options is not None and options.batch_chunk_size is not None:
         size = 8 if input.dtype is torch.float64 else 4
         memory_budget = size * (options.batch_chunk_size * C + 2 * x.shape[1] * min(C, 2048))
-    way = route(x, linear_weight, t, linear_bias, *given)
+    way = route(x, linear_weight, t, linear_bias, *given.arrays().values())
     if way == "transformed":
-        check_values(t, C, ACC[x.dtype], given, setting, probabilities)
-        loss = composed(_logits(x, linear_weight, linear_bias), t, given, setting, probabilities).to(dtype)
+        check_values(t, C, ACC[x.dtype], given, probabilities)
+        loss = composed(_logits(x, linear_weight, linear_bias), t, given, probabilities).to(dtype)
     elif way == "traced":
-        loss = _operation(x, linear_weight, t, linear_bias, *given, *setting, memory_budget, dtype)[0]
+        loss = _operation(x, linear_weight, t, linear_bias, *packed(given), memory_budget, dtype)[0]
     elif torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, linear_weight, t, linear_bias)):
-        loss = _LinearCrossEntropy.apply(x, linear_weight, t, linear_bias, given, setting, memory_budget, dtype)
+        loss = _LinearCrossEntropy.apply(x, linear_weight, t, linear_bias, given, memory_budget, dtype)
     else:
-        head = _Head(x, linear_weight, t, linear_bias, given, setting, memory_budget)
+        head = _head(x, linear_weight, t, linear_bias, given, memory_budget)
         with head.bridge.scope():
-            loss = head.reduce(head.forward(), dtype)
-    return loss.view(leading) if setting.reduction == "none" else loss
+            loss = head.reduce(head.forward().loss, dtype)
+    return loss.view(leading) if given.reduction == "none" else loss
 
 
 def _positions(
@@ -310,7 +294,7 @@ def _positions(
     reduction: str,
     ignore_index: int | None,
     label_smoothing: float,
-    **options: Any,
+    extra: ExtraKwargs,
 ) -> Tensor:
     """Do a loss with a head of its own for every position: one product, and the logits stored."""
     C, *positions, D = linear_weight.shape
@@ -330,7 +314,7 @@ def _positions(
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
-        **options,
+        **extra,
     )
 
 
@@ -341,75 +325,77 @@ def _logits(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x.to(acc), W.to(acc), None if b is None else b.to(acc))
 
 
-class _Head:
-    """The fused head's pass over tensors."""
+class _Formed(NamedTuple):
+    """Inputs and weights as the source of a loss, whose gradients are tensors."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        linear_weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        given: Tensors,
-        setting: Settings,
-        memory_budget: int,
-        needs: Collection[bool] = (False, False, False),
-    ) -> None:
-        here = self.bridge = bridge(x)
-        with here.scope():
-            weight, sample_weight, denominator = (None if t is None else here.array(t) for t in given)
-            options = Options(
-                weight,
-                setting.ignore_index,
-                setting.reduction,
-                setting.label_smoothing,
-                sample_weight,
-                setting.z_loss,
-                setting.softcap or None,
-                denominator,
-            )
-            b = None if bias is None else here.array(bias)
-            names = [name for name, needed in zip(ALL, needs, strict=True) if needed]
-            W, t = here.array(linear_weight.T), here.array(target)
-            self.problem = check_linear(here.backend, here.array(x), W, b, t, options, memory_budget, names)
-        self.loss = Loss(here, self.problem, x.shape[:1])
+    bridge: Bridge
+    source: Source
 
-    def reduce(self, rows: Rows, dtype: torch.dtype) -> Tensor:
-        return self.loss.reduce(rows.loss, dtype)
+    @property
+    def home(self) -> dict[str, Any]:
+        return self.source.home
 
-    def forward(self) -> Rows:
-        return self.problem.source.forward(self.problem, False)
+    def forward(self, p: Problem, stats: bool) -> Rows:
+        return self.source.forward(p, stats)
 
-    def both(self) -> tuple[Rows, list[Tensor | None]]:
-        rows, gradients = self.problem.source.forward_backward(self.problem, 1.0, False)
+    def forward_backward(self, p: Problem, dout: Any, stats: bool) -> tuple[Rows, list[Tensor | None]]:
+        rows, gradients = self.source.forward_backward(p, dout, stats)
         return rows, self._tensors(*gradients)
 
-    def backward(self, dout: Any, rows: Rows) -> list[Tensor | None]:
-        return self._tensors(*self.problem.source.backward(self.problem, dout, rows))
+    def backward(self, p: Problem, dout: Any, rows: Rows) -> list[Tensor | None]:
+        return self._tensors(*self.source.backward(p, dout, rows))
+
+    def probabilities(self, p: Problem, rows: Rows) -> Any:
+        return self.source.probabilities(p, rows)
 
     def _tensors(self, dx: Any, dW: Any, db: Any) -> list[Tensor | None]:
         tensor = self.bridge.tensor
         return [None if g is None else tensor(g) for g in (dx, None if dW is None else dW.T, db)]
 
-    def scale(self, grads: list[Tensor | None], factor: Tensor) -> None:
-        """Scale gradients in place; a row of dx that is ignored stays 0, also where the factor is not finite."""
-        ids = self.problem.target.ids
-        of_rows = factor if ids is None else torch.where(self.bridge.tensor(ids) >= 0, factor, 0)[:, None]
-        for g, by in zip(grads, (of_rows, factor, factor), strict=True):
-            if g is not None:
-                g.mul_(by)
 
-    def target_gradient(
-        self, rows: Rows, dout: Any, x: Tensor, W: Tensor, target: Tensor, b: Tensor | None, o: Any
-    ) -> Tensor:
-        """Form the logits once more, all of them: this gradient is as large."""
-        given, setting = o
-        with torch.no_grad():
-            logits = _logits(x, W, b)
-            tensor = self.bridge.tensor
-            scale = tensor(self.problem.row_scale(dout))
-            row_max, log_sum = tensor(rows.row_max), tensor(rows.log_sum)
-            return target_gradient(logits, target, row_max, log_sum, scale, given.weight, setting)
+def _head(
+    x: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    memory_budget: int,
+    needs: Collection[bool] = (False, False, False),
+) -> Loss:
+    """Check the fused head's loss over tensors."""
+    here = bridge(x)
+    with here.scope():
+        b = None if bias is None else here.array(bias)
+        names = [name for name, needed in zip(ALL, needs, strict=True) if needed]
+        W, t = here.array(linear_weight.T), here.array(target)
+        p = check_linear(here.backend, here.array(x), W, b, t, as_arrays(here, options), memory_budget, names)
+    return Loss(here, p._replace(source=_Formed(here, p.source)), x.shape[:1])
+
+
+def _scale(head: Loss, grads: list[Tensor | None], factor: Tensor) -> None:
+    """Scale gradients in place; a row of dx that is ignored stays 0, also where the factor is not finite."""
+    ids = head.problem.target.ids
+    of_rows = factor if ids is None else torch.where(head.bridge.tensor(ids) >= 0, factor, 0)[:, None]
+    for g, by in zip(grads, (of_rows, factor, factor), strict=True):
+        if g is not None:
+            g.mul_(by)
+
+
+def _target_gradient(
+    head: Loss,
+    rows: Rows,
+    grad_output: Tensor,
+    x: Tensor,
+    W: Tensor,
+    target: Tensor,
+    b: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Form the logits once more, all of them: this gradient is as large."""
+    with torch.no_grad():
+        row_max, log_sum = head.bridge.tensor(rows.row_max), head.bridge.tensor(rows.log_sum)
+        scale = head.row_scale(grad_output)
+        return target_gradient(_logits(x, W, b), target, row_max, log_sum, scale, options).to(target.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -422,48 +408,45 @@ class _LinearCrossEntropy(torch.autograd.Function):
         linear_weight: Tensor,
         target: Tensor,
         bias: Tensor | None,
-        given: Tensors,
-        setting: Settings,
+        options: Options,
         memory_budget: int,
         dtype: torch.dtype,
     ) -> Tensor:
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        head = _Head(x, linear_weight, target, bias, given, setting, memory_budget, needs)
+        head = _head(x, linear_weight, target, bias, options, memory_budget, needs)
         with head.bridge.scope():
             ctx.gradients = None
-            if setting.reduction != "none" and x.dtype is not torch.float16 and any(needs):
+            if options.reduction != "none" and x.dtype is not torch.float16 and any(needs):
                 rows, ctx.gradients = head.both()
             else:
                 rows = head.forward()
             ctx.save_for_backward(x, linear_weight, target, bias)
-            ctx.head, ctx.rows, ctx.needs, ctx.options = head, rows, needs, (given, setting)
-            return head.reduce(rows, dtype)
+            ctx.head, ctx.rows, ctx.options = head, rows, options
+            return head.reduce(rows.loss, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         if torch.is_grad_enabled():
-            return *_twice(ctx, grad_output), None, None, None, None
+            return *_twice(ctx, grad_output), None, None, None
         head, d_target = ctx.head, None
         grads, ctx.gradients = ctx.gradients, None
         with head.bridge.scope():
-            if grads is not None and (not head.bridge.on_host or grad_output.item() != 1.0):
-                head.scale(grads, grad_output)
-            x, W, target, bias = ctx.saved_tensors
-            dout = head.loss.dout(grad_output)
             if grads is None:
-                grads = head.backward(dout, ctx.rows) if any(ctx.needs) else [None] * 3
+                grads = head.backward(grad_output, ctx.rows)
+            elif not head.bridge.on_host or grad_output.item() != 1.0:
+                _scale(head, grads, grad_output)
+            x, W, target, bias = ctx.saved_tensors
             if ctx.needs_input_grad[2]:
-                d_target = head.target_gradient(ctx.rows, dout, x, W, target, bias, ctx.options).to(target.dtype)
+                d_target = _target_gradient(head, ctx.rows, grad_output, x, W, target, bias, ctx.options)
         dx, dW, db = grads
-        return dx, dW, d_target, db, None, None, None, None
+        return dx, dW, d_target, db, None, None, None
 
 
 def _twice(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     """Compute gradients that can be differentiated again, which asks for torch's own operations."""
     x, W, target, bias = saved = ctx.saved_tensors
     logits = _logits(x, W, bias)
-    given, setting = ctx.options
-    loss = composed(logits, target, given, setting, target.shape == logits.shape)
+    loss = composed(logits, target, ctx.options, target.shape == logits.shape)
     needs = ctx.needs_input_grad[:4]
     wanted = [t for t, needed in zip(saved, needs, strict=True) if needed]
     grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=True))
@@ -476,29 +459,24 @@ def _operation(
     linear_weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    denominator: Tensor | None,
+    tensors: Sequence[Tensor],
+    names: str,
     reduction: str,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    numbers: Sequence[float],
     memory_budget: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    given = Tensors(weight, sample_weight, denominator)
-    setting = Settings(reduction, ignore_index, label_smoothing, z_loss, softcap)  # type: ignore[arg-type]
-    head = _Head(x, linear_weight, target, bias, given, setting, memory_budget)
+    options = unpacked(tensors, names, reduction, ignore_index, numbers)
+    head = _head(x, linear_weight, target, bias, options, memory_budget)
     with head.bridge.scope():
         rows = head.forward()
-        kept = joined(head.bridge.backend.xp, [field[None] for field in (rows.row_max, rows.log_sum, rows.mass)])
-        return head.reduce(rows, dtype), head.bridge.tensor(kept)
+        return head.reduce(rows.loss, dtype), head.kept(rows)
 
 
 @_operation.register_fake
-def _(x: Any, linear_weight: Any, target: Any, bias: Any, *options: Any) -> Any:
-    loss = x.new_empty(x.shape[:1] if options[3] == "none" else (), dtype=options[-1])
+def _(x: Any, W: Any, target: Any, bias: Any, tensors: Any, names: Any, reduction: Any, *others: Any) -> Any:
+    loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=others[-1])
     return loss, x.new_empty((3, x.shape[0]), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
 
 
@@ -511,30 +489,22 @@ def _operation_backward(
     bias: Tensor | None,
     kept: Tensor,
     needs: list[bool],
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    denominator: Tensor | None,
+    tensors: Sequence[Tensor],
+    names: str,
     reduction: str,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    numbers: Sequence[float],
     memory_budget: int,
 ) -> list[Tensor]:
-    given = Tensors(weight, sample_weight, denominator)
-    setting = Settings(reduction, ignore_index, label_smoothing, z_loss, softcap)  # type: ignore[arg-type]
+    options = unpacked(tensors, names, reduction, ignore_index, numbers)
     d_x, d_weight, d_target, d_bias = needs
-    head = _Head(x, linear_weight, target, bias, given, setting, memory_budget, (d_x, d_weight, d_bias))
+    head = _head(x, linear_weight, target, bias, options, memory_budget, (d_x, d_weight, d_bias))
     with head.bridge.scope():
-        row_max, log_sum, mass = head.bridge.array(kept)
-        rows, dout = Rows(row_max, row_max, log_sum, row_max, mass), head.loss.dout(grad_output)
-        out: list[Tensor | None] = [None] * 4
-        if d_x or d_weight or d_bias:
-            out[0], out[1], out[3] = head.backward(dout, rows)
+        rows, dt = head.rows(kept), None
+        dx, dW, db = head.backward(grad_output, rows)
         if d_target:
-            d = head.target_gradient(rows, dout, x, linear_weight, target, bias, (given, setting))
-            out[2] = d.to(target.dtype)
-    return [t.contiguous() for t in out if t is not None]
+            dt = _target_gradient(head, rows, grad_output, x, linear_weight, target, bias, options)
+    return [t.contiguous() for t in (dx, dW, dt, db) if t is not None]
 
 
 @_operation_backward.register_fake
@@ -546,15 +516,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[1], *inputs[4:7])
-    ctx.setting = inputs[7:13]
+    x, linear_weight, target, bias, tensors, *ctx.others, _ = inputs
+    ctx.save_for_backward(x, linear_weight, target, bias, output[1], *tensors)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:4])
-    x, W, target, bias, kept, *options = ctx.saved_tensors
-    grads = iter(_operation_backward(grad_loss, x, W, target, bias, kept, needs, *options, *ctx.setting))
-    return *(next(grads) if needed else None for needed in needs), *(None,) * 10
+    x, W, target, bias, kept, *tensors = ctx.saved_tensors
+    grads = iter(_operation_backward(grad_loss, x, W, target, bias, kept, needs, tensors, *ctx.others))
+    return *(next(grads) if needed else None for needed in needs), [None] * len(tensors), *(None,) * 6
 
 
 _operation.register_autograd(_backward, setup_context=_setup_context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,19 +12,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from swl.backends import Rows
-from swl.ops.checks import F32, F64
+from swl.backends.protocol import joined
+from swl.ops.checks import F64
 from swl.ops.cross_entropy import SMALL
 from swl.ops.loss import Problem, problem
-from swl.options import Options, Reduction, require_magnitudes
+from swl.options import DEFAULTS, Options, require_magnitudes
 from swl.torch._bridge import Bridge, bridge, host_scalar
+from swl.torch._options import ACC, as_arrays
 
 __all__ = [
     "FLOATS",
-    "NO_TENSORS",
     "Loss",
-    "Settings",
-    "Tensors",
-    "are_defaults",
     "at_once",
     "check",
     "check_values",
@@ -31,18 +30,13 @@ __all__ = [
     "logits_rows",
     "out_dtype",
     "route",
-    "settings",
     "target_gradient",
-    "tensors",
 ]
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _INTEGERS = frozenset(
     (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 )
-ACC: dict[Any, Any] = {torch.float64: F64, torch.float32: F32, torch.float16: F32, torch.bfloat16: F32}
-"""The dtype of the arithmetic."""
-
 _AS_IT_IS = (torch.float32, torch.float64)
 """The dtypes that need no conversion."""
 
@@ -51,78 +45,7 @@ PER_SAMPLE = 256
 below, one copy with the classes innermost is cheaper than so many small sweeps."""
 
 
-class Settings(NamedTuple):
-    """The options of a loss that are no tensors."""
-
-    reduction: Reduction = "mean"
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    softcap: float = 0.0  # 0: off
-
-
-class Tensors(NamedTuple):
-    """The options of a loss that are tensors."""
-
-    weight: Tensor | None = None  # (C,)
-    sample_weight: Tensor | None = None  # the shape of class ids
-    denominator: Tensor | None = None  # 0-d
-
-
-NO_TENSORS = Tensors()
-
-
 # ------------------------------------------------------------------------------------------------ checks
-
-
-def are_defaults(reduction: str, ignore_index: int, label_smoothing: float, z_loss: float) -> bool:
-    """Tell whether options are their defaults, but for which id is ignored; takes whatever a caller may pass."""
-    types = type(reduction), type(ignore_index), type(label_smoothing), type(z_loss)
-    return types == (str, int, float, float) and reduction == "mean" and label_smoothing == z_loss == 0
-
-
-def settings(
-    reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None
-) -> Settings:
-    """Check the options that are no tensors."""
-    if softcap is None and are_defaults(reduction, ignore_index, label_smoothing, z_loss):
-        return Settings(ignore_index=ignore_index)
-    checked = Options.checked(
-        {
-            "reduction": reduction,  # type: ignore[typeddict-item]  # this is the check
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-        }
-    )
-    numbers = float(label_smoothing), float(z_loss), float(softcap or 0.0)
-    return Settings(checked.reduction, int(ignore_index), *numbers)
-
-
-def tensors(
-    input: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    denominator: Tensor | float | None,
-    reduction: str,
-) -> Tensors:
-    """Check the options that are tensors, but for their shapes."""
-    if weight is None and sample_weight is None and denominator is None:
-        return NO_TENSORS
-    if denominator is not None:
-        if not isinstance(denominator, Tensor):
-            Options.checked({"reduction": reduction, "denominator": denominator})  # type: ignore[typeddict-item]
-            require_magnitudes(ACC.get(input.dtype, F32), 1, denominator=float(denominator))
-            denominator = torch.full((), float(denominator), dtype=torch.float64, device=input.device)
-        elif reduction != "mean":
-            raise ValueError(f"denominator applies to reduction='mean' only, got reduction={reduction!r}")
-        elif denominator.ndim:
-            raise ValueError(f"denominator must be a number or a 0-d tensor, got shape {tuple(denominator.shape)}")
-    for name, t in (("weight", weight), ("sample_weight", sample_weight), ("denominator", denominator)):
-        if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(f"{name} requires a gradient, which is not computed; pass {name}.detach()")
-    return Tensors(weight, sample_weight, denominator)
 
 
 def require_tensor(name: str, x: Any) -> None:
@@ -134,7 +57,7 @@ def require_tensor(name: str, x: Any) -> None:
         )
 
 
-def check(input: Tensor, target: Tensor, given: Tensors, setting: Settings) -> bool:
+def check(input: Tensor, target: Tensor, options: Options) -> bool:
     """Check dtypes, devices and shapes in torch's terms; tell whether the target holds probabilities.
 
     Raises
@@ -151,17 +74,16 @@ def check(input: Tensor, target: Tensor, given: Tensors, setting: Settings) -> b
     C = shape[0] if len(shape) == 1 else shape[1]
     if not C:
         raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
-    _, _, eps, z_loss, softcap = setting
-    if eps or z_loss or softcap:
-        require_magnitudes(ACC[input.dtype], C, label_smoothing=eps, z_loss=z_loss, softcap=softcap)
+    if options is not DEFAULTS:
+        require_magnitudes(ACC[input.dtype], C, **options.numbers())
     rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
     probabilities = target.shape == shape
     if probabilities:
         if target.dtype not in FLOATS:
             require_tensor("target", target)
             raise TypeError(f"target of probabilities, having the shape of input, must be floating, got {target.dtype}")
-        if setting.ignore_index >= 0:
-            raise ValueError(f"ignore_index={setting.ignore_index} is for class ids, but target holds probabilities")
+        if options.ignore_index >= 0:
+            raise ValueError(f"ignore_index={options.ignore_index} is for class ids, but target holds probabilities")
     elif target.shape != rows:
         raise ValueError(
             f"target must have shape {tuple(rows)} (class ids) or {tuple(shape)} (probabilities) "
@@ -170,7 +92,7 @@ def check(input: Tensor, target: Tensor, given: Tensors, setting: Settings) -> b
     elif target.dtype not in _INTEGERS:
         require_tensor("target", target)
         raise TypeError(f"target of class ids must be of an integer dtype, got {target.dtype}")
-    weight, sample_weight, denominator = given
+    weight, sample_weight, denominator = options.arrays().values()
     if weight is not None and weight.shape != (C,):
         raise ValueError(f"weight must have shape {(C,)}, one per class, got {tuple(weight.shape)}")
     if sample_weight is not None and sample_weight.shape != rows:
@@ -278,67 +200,45 @@ class Loss(NamedTuple):
     shape: torch.Size  # of the rows
 
     @classmethod
-    def of(cls, input: Tensor, target: Tensor, given: Tensors, setting: Settings, probabilities: bool) -> Loss:
+    def of(cls, input: Tensor, target: Tensor, options: Options, probabilities: bool) -> Loss:
         """Bring target and options to the backend."""
         here = bridge(input)
         array = here.array
         rows = logits_rows(target) if probabilities else target.reshape(-1)
         C = input.shape[0] if input.ndim == 1 else input.shape[1]
         n = input.numel() // C
-        weight, sample_weight, denominator = given
+        if options.sample_weight is not None:
+            options = options._replace(sample_weight=options.sample_weight.reshape(-1))
         with here.scope():
-            options = Options(
-                None if weight is None else array(weight),
-                setting.ignore_index,
-                setting.reduction,
-                setting.label_smoothing,
-                None if sample_weight is None else array(sample_weight.reshape(-1)),
-                setting.z_loss,
-                setting.softcap or None,
-                None if denominator is None else array(denominator),
-            )
-            nowhere: Any = None  # the sweeps below know where the logits are
-            p = problem(here.backend, nowhere, array(rows), (n,), C, ACC[input.dtype], options)
+            source = Pieces(here, input)
+            p = problem(here.backend, source, array(rows), (n,), C, ACC[input.dtype], as_arrays(here, options))
         return cls(here, p, input.shape[:1] + input.shape[2:] if input.ndim > 1 else input.shape[:0])
 
-    def forward(self, input: Tensor) -> Rows:
+    def forward(self) -> Rows:
         """Sweep for the rows of the loss."""
-        p = self.problem
-        return self._sweep(input, lambda z, t, _, __: p.backend.cross_entropy_forward(z, t, False))
+        return self.problem.source.forward(self.problem, False)
 
-    def both(self, input: Tensor) -> tuple[Rows, Tensor]:
-        """Sweep for the rows of the loss and, for an upstream gradient of 1, the gradient."""
-        p = self.problem
-        scale = p.row_scale(1.0)
-        if input.ndim == 2:
-            grad = self._empty(input.shape, input)
-            z, out = self.bridge.array(input), self.bridge.array(grad)
-            return p.backend.cross_entropy_forward_backward(z, p.target, scale, out, False), grad
-        whole, parts = self._gradient(input)
-        return self._sweep(
-            input,
-            lambda z, t, out, s: p.backend.cross_entropy_forward_backward(z, t, s, out, False),
-            self._arrays(parts),
-            scale,
-        ), whole
+    def both(self) -> tuple[Rows, Any]:
+        """Sweep for the rows of the loss and, for an upstream gradient of 1, the gradients."""
+        return self.problem.source.forward_backward(self.problem, 1.0, False)
 
-    def backward(self, input: Tensor, rows: Rows, scale: Any) -> Tensor:
-        """Sweep for the gradient; `scale` is `row_scale` of the upstream gradient."""
-        p = self.problem
-        whole, parts = self._gradient(input)
-        done = 0
+    def backward(self, grad_output: Tensor, rows: Rows) -> Any:
+        """Sweep for the gradients."""
+        return self.problem.source.backward(self.problem, self.dout(grad_output), rows)
 
-        def one(z: Any, t: Any, out: Any, s: Any) -> None:
-            nonlocal done
-            p.backend.cross_entropy_backward(z, t, rows.cut(done, done + z.shape[0]), s, out)
-            done += z.shape[0]
+    def kept(self, rows: Rows) -> Tensor:
+        """Return what a backward sweep needs of the rows as one tensor (3, N)."""
+        xp = self.problem.backend.xp
+        return self.bridge.tensor(joined(xp, [field[None] for field in (rows.row_max, rows.log_sum, rows.mass)]))
 
-        self._sweep(input, one, self._arrays(parts), scale)
-        return whole
+    def rows(self, kept: Tensor) -> Rows:
+        """Undo `kept`."""
+        row_max, log_sum, mass = self.bridge.array(kept)
+        return Rows(row_max, row_max, log_sum, row_max, mass)
 
-    def row_scale(self, grad_output: Tensor) -> Any:
+    def row_scale(self, grad_output: Tensor) -> Tensor:
         """Fold upstream gradient, row weights and denominator into one factor per row, or one for all."""
-        return self.problem.row_scale(self.dout(grad_output))
+        return self.bridge.tensor(self.problem.row_scale(self.dout(grad_output)))
 
     def dout(self, grad_output: Tensor) -> Any:
         """Bring the upstream gradient to the arithmetic's dtype: 16 bits times 1/N would be rounded to 16 bits."""
@@ -360,40 +260,69 @@ class Loss(NamedTuple):
             return host_scalar(value, dtype)
         return self.bridge.tensor(total if p.denominator is None else total / p.denominator).to(dtype)
 
-    # -- pieces of the logits
 
-    def _gradient(self, input: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Give memory for a gradient: as the caller gets it, and in the pieces of `_sweep`."""
+class Pieces(NamedTuple):
+    """Logits of any layout: one matrix, or a matrix for each sample where the classes are not innermost."""
+
+    bridge: Bridge
+    input: Tensor
+
+    @property
+    def home(self) -> dict[str, Any]:
+        return {}  # a bridge's scope says where
+
+    def forward(self, p: Problem, stats: bool) -> Rows:
+        return self._joined(p, [p.backend.cross_entropy_forward(z, t, stats) for z, t, _, _ in self._pieces(p)])
+
+    def forward_backward(self, p: Problem, dout: Any, stats: bool) -> tuple[Rows, Tensor]:
+        whole, outs = self._gradient(p)
+        parts = [
+            p.backend.cross_entropy_forward_backward(z, t, scale, out, stats)
+            for z, t, out, scale in self._pieces(p, outs, p.row_scale(dout))
+        ]
+        return self._joined(p, parts), whole
+
+    def backward(self, p: Problem, dout: Any, rows: Rows) -> Tensor:
+        whole, outs = self._gradient(p)
+        start = 0
+        for z, t, out, scale in self._pieces(p, outs, p.row_scale(dout)):
+            stop = start + z.shape[0]
+            p.backend.cross_entropy_backward(z, t, rows.cut(start, stop), scale, out)
+            start = stop
+        return whole
+
+    def probabilities(self, p: Problem, rows: Rows) -> Any:
+        raise NotImplementedError("torch asks for no probabilities")
+
+    def _gradient(self, p: Problem) -> tuple[Tensor, list[Tensor]]:
+        """Make memory for a gradient: as the caller gets it, and in pieces."""
+        input = self.input
         if _per_sample(input):
-            whole = self._empty(input.shape, input)
+            whole = self._empty(p, input.shape)
             return whole, _samples(whole)
         C = input.shape[0] if input.ndim == 1 else input.shape[1]
-        rows = self._empty((input.numel() // C, C), input)
+        rows = self._empty(p, (p.n_rows, C))
         return _restored(rows, input), [rows]
 
-    def _empty(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Give memory for a gradient: on a host from the backend, whose large blocks outlive the tensors made of them."""
+    def _empty(self, p: Problem, shape: tuple[int, ...]) -> Tensor:
+        """Make memory for a gradient: on a host from the backend, whose large blocks outlive the tensors made of them."""
         if not self.bridge.on_host:
-            return torch.empty(shape, dtype=like.dtype, device=like.device)
-        return self.bridge.tensor(self.problem.backend.empty(tuple(shape), self.bridge.array(like).dtype))
+            return torch.empty(shape, dtype=self.input.dtype, device=self.input.device)
+        return self.bridge.tensor(p.backend.empty(tuple(shape), self.bridge.array(self.input).dtype))
 
-    def _arrays(self, parts: list[Tensor]) -> list[Any]:
-        return [self.bridge.array(part) for part in parts]
-
-    def _sweep(self, input: Tensor, one: Any, outs: list[Any] | None = None, scale: Any = None) -> Any:
-        """Run a kernel over the logits, in one piece or a sample at a time."""
-        target, array = self.problem.target, self.bridge.array
-        if not _per_sample(input):
-            return one(array(logits_rows(input.detach())), target, outs and outs[0], scale)
-        parts, start = [], 0
-        for k, sample in enumerate(_samples(input.detach())):
-            stop = start + sample.shape[0]
+    def _pieces(self, p: Problem, outs: list[Tensor] | None = None, scale: Any = None) -> Iterator[Any]:
+        """Go through the logits: matrix, target, gradient and factors of each piece."""
+        array, input = self.bridge.array, self.input.detach()
+        pieces, start = _samples(input) if _per_sample(input) else [logits_rows(input)], 0
+        for k, piece in enumerate(pieces):
+            stop = start + piece.shape[0]
+            target = p.target if len(pieces) == 1 else p.target.rows(start, stop)
             here = scale if scale is None or scale.shape[0] == 1 else scale[start:stop]
-            parts.append(one(array(sample), target.rows(start, stop), outs and outs[k], here))
+            yield array(piece), target, outs and array(outs[k]), here
             start = stop
-        if parts[0] is None:
-            return None
-        return Rows.joined(self.problem.backend.xp, parts)
+
+    def _joined(self, p: Problem, parts: list[Rows]) -> Rows:
+        return Rows.joined(p.backend.xp, parts)
 
 
 def target_gradient(
@@ -402,26 +331,23 @@ def target_gradient(
     row_max: Tensor,
     log_sum: Tensor,
     scale: Tensor,
-    weight: Tensor | None,
-    setting: Settings,
+    options: Options,
 ) -> Tensor:
     """Compute the gradient with respect to probabilities, ``∂loss/∂q_c = −(1−ε)·w_c·log p_c``, in the arithmetic's dtype.
 
     It is 0 at a masked class without mass, where the loss is finite only as long as the mass stays 0.
     """
-    z = logits_rows(input).to(row_max.dtype)
-    if setting.softcap:
-        z = _capped(z, setting.softcap)
-    w = z.new_ones(z.shape[1]) if weight is None else weight.to(z.dtype)
-    y = _probability_rows(target, w, setting.label_smoothing)
+    z = _final_logits(logits_rows(input).to(row_max.dtype), options)
+    w = z.new_ones(z.shape[1]) if options.weight is None else options.weight.to(z.dtype)
+    y = _probability_rows(target, w, options.label_smoothing)
     log_p = _log_p(y, z - row_max[:, None], log_sum)
-    return _restored(log_p * w * ((setting.label_smoothing - 1.0) * scale[:, None]), input)
+    return _restored(log_p * w * ((options.label_smoothing - 1.0) * scale[:, None]), input)
 
 
-def composed(input: Tensor, target: Tensor, given: Tensors, setting: Settings, probabilities: bool) -> Tensor:
+def composed(input: Tensor, target: Tensor, options: Options, probabilities: bool) -> Tensor:
     """Compute the loss in torch's own operations, all of whose derivatives torch knows: the equations of the kernels."""
-    weight, sample_weight, denominator = given
-    reduction, ignore_index, eps, z_loss, softcap = setting
+    weight, sample_weight, denominator = options.arrays().values()
+    reduction, eps, z_loss = options.reduction, options.label_smoothing, options.z_loss
     z = logits_rows(input)
     z = z if z.dtype is torch.float64 else z.float()
     C = z.shape[1]
@@ -432,14 +358,13 @@ def composed(input: Tensor, target: Tensor, given: Tensors, setting: Settings, p
         y = _probability_rows(target, w, eps)
     else:
         ids = target.reshape(-1).long()
-        counts, invalid = _kinds(ids, C, ignore_index)
+        counts, invalid = _kinds(ids, C, options.ignore_index)
         ids = torch.where(counts, ids, 0)
         m = torch.where(counts, w[ids], 0)
         hot = ids[:, None] == torch.arange(C, device=ids.device)
         y = torch.where(counts[:, None], torch.where(hot, (1 - eps) * m[:, None], 0) + (eps / C) * w, 0)
         z = torch.where(counts[:, None], z, 0)  # whatever stands in a row that does not count
-    if softcap:
-        z = _capped(z, softcap)
+    z = _final_logits(z, options)
     M = z.amax(1).detach()  # the loss does not depend on it
     u = z - M[:, None]
     S = u.exp().sum(1).log()
@@ -481,23 +406,25 @@ def _log_p(y: Tensor, u: Tensor, S: Tensor) -> Tensor:
     return torch.where((y == 0) & (u == -math.inf) & (S == S), 0, u - S)
 
 
-def _capped(r: Tensor, softcap: float) -> Tensor:
+def _final_logits(r: Tensor, options: Options) -> Tensor:
     """Compute z = κ·tanh(r/κ) in a form whose derivative torch finds without the cancellation of 1 − tanh²."""
-    a = r / softcap
+    if options.softcap is None:
+        return r
+    a = r / options.softcap
     near = a.abs() < 0.5
-    return softcap * torch.where(near, a.tanh(), a.sign() * (1 - 2 * torch.sigmoid(-2 * a.abs())))
+    return options.softcap * torch.where(near, a.tanh(), a.sign() * (1 - 2 * torch.sigmoid(-2 * a.abs())))
 
 
-def check_values(target: Tensor, C: int, acc: Any, given: Tensors, setting: Settings, probabilities: bool) -> None:
+def check_values(target: Tensor, C: int, acc: Any, options: Options, probabilities: bool) -> None:
     """Check class ids and denominator as the kernels' way does, if the values inside a transform's tensors can be looked at.
 
     Where ids cannot, `composed` makes the row's loss NaN.
     """
     with torch._C._DisableFuncTorch():
-        ids, denominator = None if probabilities else _inside(target), _inside(given.denominator)
+        ids, denominator = None if probabilities else _inside(target), _inside(options.denominator)
         if ids is not None:
             here = bridge(ids)
-            here.backend.prepare_ids(here.array(ids.reshape(-1)), C, setting.ignore_index, None)
+            here.backend.prepare_ids(here.array(ids.reshape(-1)), C, options.ignore_index, None)
         if denominator is not None:
             for value in denominator.reshape(-1).tolist():
                 require_magnitudes(acc, C, denominator=value)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from swl.ops.chunks import DEFAULT_BUDGET
+from swl.options import ExtraKwargs
 from swl.torch._cross_entropy import cross_entropy
 from swl.torch._linear import affine, linear_cross_entropy
 
@@ -37,8 +38,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     ----------
     weight, size_average, ignore_index, reduce, reduction, label_smoothing
         As torch has them.
-    z_loss, softcap
-        As in `cross_entropy`.
+    **extra
+        As in `cross_entropy`; by name, and for all calls.
 
     Examples
     --------
@@ -55,22 +56,13 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        *,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
+        **extra: Unpack[ExtraKwargs],
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.z_loss, self.softcap = z_loss, softcap
+        self.extra = extra
 
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-        denominator: Tensor | float | None = None,
-    ) -> Tensor:
-        """Compute the loss; `sample_weight` and `denominator` as in `cross_entropy`."""
+    def forward(self, input: Tensor, target: Tensor, **extra: Unpack[ExtraKwargs]) -> Tensor:
+        """Compute the loss; options given here, as `sample_weight` of a batch, come before those of the module."""
         return cross_entropy(
             input,
             target,
@@ -78,10 +70,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            sample_weight=sample_weight,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            denominator=denominator,
+            **(self.extra | extra),
         )
 
 
@@ -92,7 +81,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     ----------
     in_features, num_classes, out_features, bias, device, dtype, reduction, weight, ignore_index, label_smoothing, options
         As torch has them.
-    z_loss, softcap, memory_budget
+    memory_budget, **extra
         As in `linear_cross_entropy`.
 
     Examples
@@ -121,9 +110,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         options: Any = None,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
         memory_budget: int = DEFAULT_BUDGET,
+        **extra: Unpack[ExtraKwargs],
     ) -> None:
         super().__init__()
         if weight is not None and weight.shape != (num_classes,):
@@ -131,20 +119,13 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.register_buffer("weight", weight)
         self.num_classes, self.out_features = num_classes, tuple(out_features)
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
-        self.options, self.z_loss, self.softcap, self.memory_budget = options, z_loss, softcap, memory_budget
+        self.options, self.memory_budget, self.extra = options, memory_budget, extra
         self.linear = torch.nn.Linear(
             in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype
         )
 
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-        denominator: Tensor | float | None = None,
-    ) -> Tensor:
-        """Compute the loss; `sample_weight` and `denominator` as in `cross_entropy`."""
+    def forward(self, input: Tensor, target: Tensor, **extra: Unpack[ExtraKwargs]) -> Tensor:
+        """Compute the loss; options given here, as `sample_weight` of a batch, come before those of the module."""
         shape, linear = (self.num_classes, *self.out_features), self.linear
         return linear_cross_entropy(
             input,
@@ -156,14 +137,12 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
-            sample_weight=sample_weight,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            denominator=denominator,
             memory_budget=self.memory_budget,
+            **(self.extra | extra),
         )
 
     def extra_repr(self) -> str:
         """Say what `print` shows of the module."""
-        names = "num_classes", "out_features", "reduction", "ignore_index", "label_smoothing", "z_loss", "softcap"
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        names = "num_classes", "out_features", "reduction", "ignore_index", "label_smoothing"
+        given = {name: getattr(self, name) for name in names} | self.extra
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())

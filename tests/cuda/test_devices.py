@@ -18,6 +18,7 @@ from needs import TORCH
 
 import swl
 from swl.backends.cupy.backend import CupyBackend
+from swl.options import Options
 
 N, D, C = 6, 5, 40
 THERE = 1
@@ -442,6 +443,8 @@ def test_tensors_are_worked_on_on_their_device_and_torchs_stream(
     torch = pytest.importorskip("torch", reason=TORCH)
     import tensors
 
+    from swl.torch._options import packed
+
     stream = stream_on()
     tensors.send(monkeypatch, THERE, stream.ptr)
     rng = np.random.default_rng(0)
@@ -454,7 +457,7 @@ def test_tensors_are_worked_on_on_their_device_and_torchs_stream(
     leaves = [a.requires_grad_() for a in (x, W, b)]
     every = leaves if target == "ids" else [*leaves, t.requires_grad_()]
     options = {"weight": torch.linspace(1, 2, C), "reduction": reduction, "label_smoothing": 0.1}
-    traced = None, None, reduction, -100, 0.1, 0.0, 0.0
+    traced = packed(Options(**options))
     y = torch.nn.functional.linear(*leaves)
     want = torch.nn.functional.cross_entropy(y, t, **options)
     up = torch.full_like(want, 0.5)
@@ -468,12 +471,12 @@ def test_tensors_are_worked_on_on_their_device_and_torchs_stream(
                 swl.torch.cross_entropy(swl.torch.affine(*leaves), t, **options),
                 swl.torch.linear_cross_entropy(x, W, t, linear_bias=b, **options),
             ]
-        ops, w = torch.ops.swl, options["weight"]
+        ops = torch.ops.swl
         found = [
             gradients(swl.torch.cross_entropy(swl.torch.affine(*leaves), t, **options)),
             gradients(swl.torch.linear_cross_entropy(x, W, t, linear_bias=b, **options)),
-            gradients(ops.cross_entropy(ops.affine(*leaves), t, w, *traced, torch.float32)[0]),
-            gradients(ops.linear_cross_entropy(x, W, t, b, w, *traced, 1 << 20, torch.float32)[0]),
+            gradients(ops.cross_entropy(ops.affine(*leaves), t, *traced, torch.float32)[0]),
+            gradients(ops.linear_cross_entropy(x, W, t, b, *traced, 1 << 20, torch.float32)[0]),
         ]
     torch.testing.assert_close(plain, [want.detach()] * 2, rtol=1e-4, atol=1e-4)
     for got in found:
