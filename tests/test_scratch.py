@@ -66,7 +66,7 @@ def test_kernels_allocate_nothing_and_count_references_to_their_arguments_only()
             assert of_argument or "@NRT_Free(" in line, (name, line)
 
 
-ARGUMENTS = "logits|out|ids|probs|weight|row_weight|bias|row_scale|rows|argmax|clean|room|source|target|x"
+ARGUMENTS = "logits|out|ids|probs|weight|row_weight|bias|row_scale|rows|argmax|numbers|clean|room|source|target|x"
 """What the kernels call their arrays; none of these names is given to another."""
 
 MIXED = """

@@ -149,10 +149,7 @@ class NumbaBackend(NumpyBackend):
             _vector(row_scale, acc),
             rows,
             argmax,
-            target.hot,
-            target.rest,
-            target.softcap,
-            target.z_loss,
+            _read_only(np.array([getattr(target, name) for name in kernels.NUMBERS])),
             target.first_class,
             flags,
         )

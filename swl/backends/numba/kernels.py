@@ -69,6 +69,12 @@ from swl.backends.protocol import IGNORED
 PART = 128
 """Numbers that are summed by themselves: the rounding errors of a long sum grow with its parts, not its numbers."""
 
+HOT, REST, SOFTCAP, Z_LOSS = range(4)
+NUMBERS = ("hot", "rest", "softcap", "z_loss")
+"""The numbers of a `Target`, as `sweep` takes them: one vector of float64."""
+PLAIN = np.array([1.0, 0.0, 0.0, 0.0])
+"""Those of a loss without options."""
+
 FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
 """What `sweep` is to do; and that the gradient goes past the caches."""
 
@@ -92,6 +98,12 @@ def _z_pull(M: Any, S: Any, m: Any, lam: Any) -> Any:
 
 
 @njit(**INNER)
+def plain_logits(numbers: Any) -> bool:
+    """Tell whether z is r, or r + bias."""
+    return numbers[SOFTCAP] == 0
+
+
+@njit(**INNER)
 def _no_loss(rows: Any, n: int) -> None:
     """Write 0 to all numbers of an ignored row."""
     for field in range(LOSS, MASS + 1):
@@ -109,16 +121,16 @@ def _slot(room: Any, C: int, low: Any, slot: int) -> Any:
 @njit(**INNER)
 def _sweep_rows(
     logits: Any, out: Any, first: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
-    row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
-    first_class: int, flags: int, room: Any,
+    row_scale: Any, rows: Any, argmax: Any, numbers: Any, first_class: int, flags: int, room: Any,
 ) -> None:  # fmt: skip
     """Do what `sweep` does a row at a time, in scratch for two rows."""
     C = logits.shape[1]
+    hot, rest, softcap, z_loss = numbers[HOT], numbers[REST], numbers[SOFTCAP], numbers[Z_LOSS]
     of_ids = ids.size > 0
     zero = rows.dtype.type(0.0)
     one, low, lam = scalar(zero, 1), scalar(zero, -np.inf), scalar(zero, z_loss)
     dense = not of_ids or rest > 0
-    plain = not dense and softcap == 0 and bias.size == 0
+    plain = not dense and bias.size == 0 and plain_logits(numbers)
     scale_step = 1 if row_scale.size > 1 else 0
     stream = flags & STREAM != 0
     w, b = whole(weight), whole(bias)
@@ -257,22 +269,21 @@ def _sweep_few(
 @_kernel
 def sweep(
     logits: Any, out: Any, first: int, ids: Any, probs: Any, weight: Any, row_weight: Any, bias: Any,
-    row_scale: Any, rows: Any, argmax: Any, hot: float, rest: float, softcap: float, z_loss: float,
-    first_class: int, flags: int, room: Any,
+    row_scale: Any, rows: Any, argmax: Any, numbers: Any, first_class: int, flags: int, room: Any,
 ) -> None:  # fmt: skip
     """Run the operations that `flags` names over some rows, the one at `first` and those that follow it.
 
-    `logits`, `out` and `probs` hold just these rows, C-ordered and of the arithmetic's dtype; everything else is whole. `room` is
-    scratch of `sweep_room` numbers.
+    `logits`, `out` and `probs` hold just these rows, C-ordered and of the arithmetic's dtype; everything else is whole. `numbers`
+    are those that `NUMBERS` names; `room` is scratch of `sweep_room` numbers.
     """
-    if logits.shape[1] <= FEW and ids.size and rest == 0 and softcap == 0 and not bias.size:
+    if logits.shape[1] <= FEW and ids.size and numbers[REST] == 0 and not bias.size and plain_logits(numbers):
         _sweep_few(
-            logits, out, first, ids, row_weight, row_scale, rows, argmax, z_loss, first_class, flags, room
+            logits, out, first, ids, row_weight, row_scale, rows, argmax, numbers[Z_LOSS], first_class, flags, room
         )  # fmt: skip
         return
     _sweep_rows(
-        logits, out, first, ids, probs, weight, row_weight, bias, row_scale, rows, argmax, hot, rest, softcap, z_loss,
-        first_class, flags, room,
+        logits, out, first, ids, probs, weight, row_weight, bias, row_scale, rows, argmax, numbers, first_class, flags,
+        room,
     )  # fmt: skip
 
 
@@ -344,7 +355,7 @@ def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any, room: Any) ->
         scale[0] = 1.0 / count if count > 0 else 0.0
     sweep(
         read_only(logits), out, 0, clean, read_only(no_probs), none, none, none, scale, rows, argmax,
-        1.0, 0.0, 0.0, 0.0, 0, flags, carray(address_in(room, at_room), size - at_room, room.dtype),
+        PLAIN, 0, flags, carray(address_in(room, at_room), size - at_room, room.dtype),
     )  # fmt: skip
     return total(loss), count
 
