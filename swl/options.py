@@ -34,17 +34,17 @@ class OptionKwargs(ExtraKwargs, total=False):
 
 
 class Number(NamedTuple):
-    """What is legal for an option that is a number: finite, and at least or above 0."""
+    """What is legal for an option that is a number: above 0 and below a bound, or what turns it off."""
 
     legal: str
-    closed: bool = False  # 0 is legal
+    off: Literal["", "0", "None"] = ""
     below: float = math.inf
 
 
 NUMBERS = {
-    "label_smoothing": Number("in [0, 1)", closed=True, below=1.0),
-    "z_loss": Number("finite and at least 0", closed=True),
-    "softcap": Number("None or finite and above 0"),
+    "label_smoothing": Number("in [0, 1)", off="0", below=1.0),
+    "z_loss": Number("finite and at least 0", off="0"),
+    "softcap": Number("None or finite and above 0", off="None"),
 }
 """The options that are numbers, in the order in which operations carry them."""
 DENOMINATOR = Number("finite and above 0")
@@ -104,7 +104,7 @@ class Options(NamedTuple):
             raise ValueError(f"reduction is {_shown(self.reduction)}; legal are 'mean', 'sum' and 'none'")
         for name, number in NUMBERS.items():
             value = getattr(self, name)
-            if value is not None or getattr(DEFAULTS, name) is not None:
+            if value is not None or number.off != "None":
                 _check_number(name, value, number)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
             raise TypeError(f"ignore_index must be an integer, got {_shown(self.ignore_index)}")
@@ -138,8 +138,9 @@ def require_magnitudes(acc: np.dtype[Any], C: int, **numbers: float | None) -> N
         low = C * least if name == "label_smoothing" else least  # kernels take ε/C
         if value and not low <= value <= most:
             high = "1)" if name == "label_smoothing" else f"{most:.3g}]"
+            off = NUMBERS.get(name, DENOMINATOR).off
             raise ValueError(
-                f"{name} must be {'None' if name == 'softcap' else 0} or in [{low:.3g}, {high} "
+                f"{name} must be {off and f'{off} or '}in [{low:.3g}, {high} "
                 f"where arithmetic is in {acc}, got {_shown(value)}"
             )
 
@@ -162,7 +163,7 @@ def _check_number(name: str, value: Any, number: Number) -> None:
         v = float(value)
     except OverflowError:
         v = math.inf
-    if not ((v >= 0 if number.closed else v > 0) and v < number.below):  # a NaN fails every comparison
+    if not ((v >= 0 if number.off == "0" else v > 0) and v < number.below):  # a NaN fails every comparison
         raise ValueError(f"{name} must be {number.legal}, got {_shown(value)}")
 
 
