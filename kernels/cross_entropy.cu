@@ -1,6 +1,6 @@
 // Softmax cross-entropy: forward, backward, and both in one sweep, for every target and option.
 //
-// Logits r (N, C), z = κ·tanh((r + bias)/κ) or r + bias; a target row y (N, C), most of it implied:
+// Logits (N, C), r = logits + bias, z = κ·tanh(r/κ) or r; a target row y (N, C), most of it implied:
 //
 //   class id t         y_c = (1−ε)·m·[c = t] + (ε/C)·w_c     m = w_t          hot = 1−ε, rest = ε/C
 //   probabilities q    y_c = w_c·((1−ε)·q_c + ε/C)           m = 1

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
-__all__ = ["DEFAULTS", "NUMBERS", "ExtraKwargs", "OptionKwargs", "Options", "Reduction", "require_magnitudes"]
+__all__ = [
+    "DEFAULTS",
+    "NUMBERS",
+    "ExtraKwargs",
+    "OptionKwargs",
+    "Options",
+    "Reduction",
+    "require_magnitudes",
+    "require_number",
+    "shown",
+]
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -34,20 +45,20 @@ class OptionKwargs(ExtraKwargs, total=False):
 
 
 class Number(NamedTuple):
-    """What is legal for an option that is a number: above 0 and below a bound, or what turns it off."""
+    """What is legal for an option that is a number, in words and as a test, and what turns it off."""
 
     legal: str
+    ok: Callable[[float], bool]
     off: Literal["", "0", "None"] = ""
-    below: float = math.inf
 
 
 NUMBERS = {
-    "label_smoothing": Number("in [0, 1)", off="0", below=1.0),
-    "z_loss": Number("finite and at least 0", off="0"),
-    "softcap": Number("None or finite and above 0", off="None"),
+    "label_smoothing": Number("in [0, 1)", lambda v: 0 <= v < 1, off="0"),
+    "z_loss": Number("finite and at least 0", lambda v: 0 <= v < math.inf, off="0"),
+    "softcap": Number("None or finite and above 0", lambda v: 0 < v < math.inf, off="None"),
 }
 """The options that are numbers, in the order in which operations carry them."""
-DENOMINATOR = Number("finite and above 0")
+DENOMINATOR = Number("finite and above 0", lambda v: 0 < v < math.inf)
 
 
 class Options(NamedTuple):
@@ -101,20 +112,20 @@ class Options(NamedTuple):
             raise TypeError(f"unknown option {min(unknown)!r}; legal options are {', '.join(cls._fields)}")
         self = cls(**kwargs)
         if not isinstance(self.reduction, str) or self.reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction is {_shown(self.reduction)}; legal are 'mean', 'sum' and 'none'")
+            raise ValueError(f"reduction is {shown(self.reduction)}; legal are 'mean', 'sum' and 'none'")
         for name, number in NUMBERS.items():
             value = getattr(self, name)
             if value is not None or number.off != "None":
-                _check_number(name, value, number)
+                require_number(name, value, number.legal, number.ok)
         if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, numbers.Integral):
-            raise TypeError(f"ignore_index must be an integer, got {_shown(self.ignore_index)}")
+            raise TypeError(f"ignore_index must be an integer, got {shown(self.ignore_index)}")
         if self.denominator is not None:
             if self.reduction != "mean":
                 raise ValueError(f"denominator applies to reduction='mean' only, got reduction={self.reduction!r}")
             if getattr(self.denominator, "ndim", None) != 0 or isinstance(self.denominator, numbers.Number):
-                _check_number("denominator", self.denominator, DENOMINATOR)
+                require_number("denominator", self.denominator, DENOMINATOR.legal, DENOMINATOR.ok)
         if self.check is not None and not isinstance(self.check, bool | np.bool):
-            raise TypeError(f"check must be True, False or None, got {_shown(self.check)}")
+            raise TypeError(f"check must be True, False or None, got {shown(self.check)}")
         return self
 
 
@@ -141,7 +152,7 @@ def require_magnitudes(acc: np.dtype[Any], C: int, **numbers: float | None) -> N
             off = NUMBERS.get(name, DENOMINATOR).off
             raise ValueError(
                 f"{name} must be {off and f'{off} or '}in [{low:.3g}, {high} "
-                f"where arithmetic is in {acc}, got {_shown(value)}"
+                f"where arithmetic is in {acc}, got {shown(value)}"
             )
 
 
@@ -154,20 +165,19 @@ def _magnitudes(acc: np.dtype[Any]) -> tuple[float, float]:
 _MAGNITUDES = {acc: _magnitudes(acc) for acc in (np.dtype(np.float32), np.dtype(np.float64))}
 
 
-def _check_number(name: str, value: Any, number: Number) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{name} must be a real number, {number.legal}, got {_shown(value)} of type {type(value).__name__}"
-        )
+def require_number(name: str, value: Any, legal: str, ok: Callable[[float], bool]) -> None:
+    """Check an argument that is a number, which `ok` tells whether it is legal."""
+    if isinstance(value, bool) or not isinstance(value, float | numbers.Real):
+        raise TypeError(f"{name} must be a real number, {legal}, got {shown(value)} of type {type(value).__name__}")
     try:
-        v = float(value)
+        number = float(value)
     except OverflowError:
-        v = math.inf
-    if not ((v >= 0 if number.off == "0" else v > 0) and v < number.below):  # a NaN fails every comparison
-        raise ValueError(f"{name} must be {number.legal}, got {_shown(value)}")
+        number = math.inf
+    if not ok(number):  # a NaN fails every comparison
+        raise ValueError(f"{name} must be {legal}, got {shown(value)}")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return the value as an error message shows it: not more than a line, and of an array only what it is."""
     if getattr(value, "shape", ()):
         return f"an array of shape {value.shape}"

@@ -311,7 +311,7 @@ class ClassParallelHead(LossLayer):
         ids : NumPy int64 array, shape (..., k)
             The class with the largest score first, the lower id first among equal scores; a NaN ranks as +inf.
         scores : NumPy array, shape (..., k)
-            As `predict` gives them, before softcap and softmax.
+            As `predict` gives them, before any option of the loss.
         """
         operands: Operands | None = None
 

@@ -39,8 +39,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
         Bytes of working memory, inputs and outputs not counted; `swl.plan` says what it leads to. Any budget gives the
         same result up to rounding.
     **options
-        Those of `swl.cross_entropy`: ``weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss,
-        softcap, denominator, backend, check``.
+        The fields of `swl.options.Options`.
 
     Attributes
     ----------
@@ -104,7 +103,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
             return check(backend, bring(backend, "x", x), self._W, self._b, target, self.options, self.memory_budget)
 
     def predict(self, x: Any) -> Any:
-        """Compute the scores ``x·W + b``, shape (..., C), as `Affine` does: without softcap and softmax.
+        """Compute the scores ``x·W + b``, shape (..., C), as `Affine` does: before any option of the loss.
 
         The result is the only array of that size.
         """
@@ -127,7 +126,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
         ids : array, shape (..., k), int64
             The most probable class first, the lower id first among equal scores.
         log_probs : array, shape (..., k)
-            Their log-probabilities under bias and softcap, in nats; float64 if an operand is, else float32. NaN where a
+            Their log-probabilities under the options, in nats; float64 if an operand is, else float32. NaN where a
             score of the row is NaN or ``+inf``, or all are ``−inf``.
 
         Raises
@@ -153,7 +152,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
             x2, shape = operands.x2, (*operands.leading, int(k))
             N, D = x2.shape
             acc = acc_dtype(operands.dtype(self._b))
-            require_magnitudes(acc, C, softcap=self.options.softcap)
+            require_magnitudes(acc, C, **self.options.numbers())
             cut = plan(N, D, C, dtype=acc, needs=(), memory_budget=max(1, self.memory_budget // SELECTING))
             ids, log_probs = backend.empty((N, int(k)), np.int64), backend.empty((N, int(k)), acc)
             buffer = backend.empty((min(cut.rows, N) * cut.classes,), acc)
@@ -165,12 +164,13 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
         """Sweep some rows over chunks of classes, and keep the best so far."""
         xp, n, C = backend.xp, x.shape[0], self._W.shape[1]
         whole = Target(ids=xp.zeros(n, np.int64))  # any class will do: only M and S are wanted
-        capped = Target(softcap=float(self.options.softcap or 0.0))
+        bends: dict[str, Any] = {name: x for name, x in self.options.numbers().items() if name in Target._fields}
+        bent = Target(**bends)
         rows, best = None, Best(xp, k)
         for c0, c1 in cuts(C, classes):
             logits = buffer[: n * (c1 - c0)].reshape(n, c1 - c0)
             backend.affine_forward(x, self._W[:, c0:c1], None if self._b is None else self._b[c0:c1], logits)
-            logits = final_logits(xp, logits, capped)
+            logits = final_logits(xp, logits, bent)
             here = backend.cross_entropy_forward(logits, whole.classes(c0, c1), False)
             rows = here if rows is None else combine(xp, (rows, here), whole, (0, c0), (None, None))
             best.add(logits, c0)

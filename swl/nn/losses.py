@@ -23,8 +23,7 @@ class SoftmaxWithLoss(LossLayer):
     Parameters
     ----------
     **options
-        Those of `swl.cross_entropy`: ``weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss,
-        softcap, denominator, backend, check``.
+        The fields of `swl.options.Options`.
 
     Attributes
     ----------

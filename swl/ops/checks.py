@@ -11,8 +11,7 @@ import numpy as np
 
 from swl.backends import Backend
 from swl.backends.registry import on_device
-from swl.options import _number as require_number
-from swl.options import _shown as shown
+from swl.options import require_number, shown
 
 __all__ = [
     "acc_dtype",

@@ -35,8 +35,7 @@ def cross_entropy(
         Also return a `RowStats` of the same pass.
     stream : as for `affine`
     **options
-        The fields of `swl.options.Options`: ``weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss,
-        softcap, denominator, backend, check``.
+        The fields of `swl.options.Options`.
 
     Returns
     -------

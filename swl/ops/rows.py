@@ -113,7 +113,7 @@ def _times(xp: Any, mass: Any, value: Any) -> Any:
 
 
 def final_logits(xp: Any, z: Any, target: Target) -> Any:
-    """Turn logits ``r + bias``, which may be written over, into ``z = κ·tanh(r/κ)``; as they are without a softcap."""
+    """Turn logits, bias added, which may be written over, into the z of which the loss is the cross-entropy."""
     if target.softcap:
         z /= target.softcap
         z = xp.tanh(z, out=z)

@@ -50,8 +50,7 @@ def cross_entropy(
     ignore_index, reduction, label_smoothing
         As torch has them; ``label_smoothing`` in [0, 1).
     **extra
-        What `swl.options.Options` has beyond torch: ``sample_weight`` (of the shape of class ids), ``z_loss``, ``softcap``,
-        ``denominator``.
+        The fields of `swl.options.Options` that torch has not; ``sample_weight`` is of the shape of class ids.
 
     Returns
     -------

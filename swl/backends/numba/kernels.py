@@ -64,7 +64,7 @@ from swl.backends.numba.simd import (
     store_tail,
     whole,
 )
-from swl.backends.protocol import IGNORED
+from swl.backends.protocol import IGNORED, Target
 
 PART = 128
 """Numbers that are summed by themselves: the rounding errors of a long sum grow with its parts, not its numbers."""
@@ -72,7 +72,7 @@ PART = 128
 HOT, REST, SOFTCAP, Z_LOSS = range(4)
 NUMBERS = ("hot", "rest", "softcap", "z_loss")
 """The numbers of a `Target`, as `sweep` takes them: one vector of float64."""
-PLAIN = np.array([1.0, 0.0, 0.0, 0.0])
+PLAIN = np.array([getattr(Target(), name) for name in NUMBERS])
 """Those of a loss without options."""
 
 FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
@@ -99,7 +99,7 @@ def _z_pull(M: Any, S: Any, m: Any, lam: Any) -> Any:
 
 @njit(**INNER)
 def plain_logits(numbers: Any) -> bool:
-    """Tell whether z is r, or r + bias."""
+    """Tell whether z is the logits, or their sum with the bias."""
     return numbers[SOFTCAP] == 0
 
 

@@ -97,7 +97,7 @@ def _at(row: Any, j: int, stop: Any, fill: Any) -> Any:
 
 @njit(**INNER)
 def _raw_at(row: Any, extras: Any, j: int, stop: Any, low: Any) -> Any:
-    """R + bias; `low` = −inf past the end."""
+    """R = logits + bias; `low` = −inf past the end."""
     r = _at(row, j, stop, low)
     if extras is not None and extras.bias.size:
         r = r + _at(extras.bias, j, stop, scalar(low, 0))
@@ -106,7 +106,7 @@ def _raw_at(row: Any, extras: Any, j: int, stop: Any, low: Any) -> Any:
 
 @njit(**INNER)
 def logits_at(row: Any, extras: Any, j: int, stop: Any, low: Any) -> Any:
-    """Z = κ·tanh((r + bias)/κ), or r + bias without a softcap; `low` = −inf past the end."""
+    """Z = κ·tanh(r/κ) of that r, or r itself without a softcap; `low` = −inf past the end."""
     z = _raw_at(row, extras, j, stop, low)
     if extras is not None and extras.softcap > 0:
         k = splat(extras.softcap)
