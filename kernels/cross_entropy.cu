@@ -1,6 +1,6 @@
 // Softmax cross-entropy: forward, backward, and both in one sweep, for every target and option.
 //
-// Logits (N, C), r = logits + bias, z = κ·tanh(r/κ) or r; a target row y (N, C), most of it implied:
+// Logits (N, C), r = (logits + bias)/τ, z = κ·tanh(r/κ) or r; a target row y (N, C), most of it implied:
 //
 //   class id t         y_c = (1−ε)·m·[c = t] + (ε/C)·w_c     m = w_t          hot = 1−ε, rest = ε/C
 //   probabilities q    y_c = w_c·((1−ε)·q_c + ε/C)           m = 1
@@ -40,7 +40,7 @@ struct Problem {
   const A* weight_c;      // w
   const A* row_weight_n;  // m of class ids
   const A* bias_c;
-  A hot, rest, softcap, z_loss;
+  A hot, rest, softcap, z_loss, temperature_inverse;
   A softcap_inverse, softcap_inverse_rest;  // 1/κ = inverse + rest, twice as many digits as A has
   A mass_hit, mass_miss;  // A of a class id without weights that hits a column, and of one that does not
   i64 first_class;        // the class id of column 0
@@ -141,10 +141,11 @@ __device__ __forceinline__ void final_logits(
     for (int i = 0; i < V; ++i)
       if (at.has(i)) z[i] += load_shared_by_rows(p.bias_c + at.c + i);
   }
-  if (p.softcap != 0) {
+  if (p.softcap != 0 || p.temperature_inverse != 1) {
 #pragma unroll 1  // V copies of tanh side by side would not leave the rest enough registers
     for (int i = 0; i < V; ++i) {
-      const A capped = final_logit(p, z[0]), steep = SLOPE ? slope_of(p, z[0]) : (A)1;
+      const A r = z[0] * p.temperature_inverse;
+      const A capped = final_logit(p, r), steep = SLOPE && p.softcap != 0 ? slope_of(p, r) : (A)1;
 #pragma unroll
       for (int k = 1; k < V; ++k) z[k - 1] = z[k], slope[k - 1] = slope[k];
       z[V - 1] = capped, slope[V - 1] = steep;
@@ -360,7 +361,7 @@ __device__ __forceinline__ Row<Acc<T>> finish(
   if (!DENSE && row.hot >= 0) {
     A r = widen(load(p.logits_nc + n * p.stride + row.hot));
     if (p.bias_c) r += load_shared_by_rows(p.bias_c + row.hot);
-    u_hot = final_logit(p, r) - M;
+    u_hot = final_logit(p, r * p.temperature_inverse) - M;
     if (row.y_hot != 0) d += row.y_hot * u_hot;
     mass += row.y_hot;
   }

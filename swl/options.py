@@ -30,6 +30,7 @@ class ExtraKwargs(TypedDict, total=False):
     sample_weight: Any
     z_loss: float
     softcap: float | None
+    temperature: float
     denominator: Any
 
 
@@ -56,6 +57,7 @@ NUMBERS = {
     "label_smoothing": Number("in [0, 1)", lambda v: 0 <= v < 1, off="0"),
     "z_loss": Number("finite and at least 0", lambda v: 0 <= v < math.inf, off="0"),
     "softcap": Number("None or finite and above 0", lambda v: 0 < v < math.inf, off="None"),
+    "temperature": Number("finite and above 0", lambda v: 0 < v < math.inf),
 }
 """The options that are numbers, in the order in which operations carry them."""
 DENOMINATOR = Number("finite and above 0", lambda v: 0 < v < math.inf)
@@ -81,6 +83,8 @@ class Options(NamedTuple):
     """λ of λ·m·lse², at least 0."""
     softcap: float | None = None
     """κ of z = κ·tanh(r/κ), above 0; None: off."""
+    temperature: float = 1.0
+    """τ above 0, which divides the logits before everything else."""
     denominator: Any = None
     """What ``"mean"`` divides by, in place of the sum of the row weights: a number above 0 or a 0-d array."""
     backend: str | None = None

@@ -192,6 +192,8 @@ def cases(draw: Any, dtypes: Any = FLOATS, kinds: Any = ("ids", "probabilities")
         options["z_loss"] = draw(st.sampled_from([1e-4, 0.3]))
     if draw(on):
         options["softcap"] = draw(st.sampled_from([1.5, 30.0]))
+    if draw(on):
+        options["temperature"] = draw(st.sampled_from([0.7, 3.0]))
     options["reduction"] = reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     if reduction == "mean" and draw(on):
         options["denominator"] = draw(st.sampled_from([7, 0.3]))

@@ -38,6 +38,7 @@ def cross_entropy(
     sample_weight: Any = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
     denominator: float | None = None,
     dout: Any = 1.0,
 ) -> Answer:
@@ -45,6 +46,7 @@ def cross_entropy(
         raw = np.asarray(logits).astype(np.float64)
         *leading, C = raw.shape
         r = raw.reshape(-1, C) if raw.size else raw.reshape(int(np.prod(leading)), C)
+        r = r / temperature
         N = len(r)
         t = np.asarray(target)
         w = np.ones(C) if weight is None else np.asarray(weight).astype(np.float64)
@@ -80,20 +82,22 @@ def cross_entropy(
         A = y.sum(axis=1)
         loss = np.where(counts, A * S - _dot(y, u) + (z_loss * m * lse**2 if z_loss else 0), 0)
         pull = A + 2 * z_loss * m * lse
-        dz = np.where(counts[:, None], (pull[:, None] * p - y) * slope, 0)
+        dz = np.where(counts[:, None], (pull[:, None] * p - y) * slope / temperature, 0)
 
         # what each was added up from; an error of δ in a logit moves p by p·δ
         wobble = np.abs(np.where(np.isfinite(u), u, 0)) + S[:, None] + (0 if softcap is None else softcap)
+        drift = 0 if temperature == 1 else np.abs(M)  # a quotient is rounded
+        wobble = wobble + np.expand_dims(drift, -1)
         size = np.abs(M) + np.abs(S)
         capped = 0 if softcap is None else softcap
         loss_scale = (
-            np.abs(A) * (np.maximum(S, 1) + capped)
+            np.abs(A) * (np.maximum(S, 1) + capped + drift)
             + np.abs(_dot(np.abs(y), u))
             + (z_loss * m * size**2 if z_loss else 0)
         )
         pull = (np.abs(A) + 2 * z_loss * m * size)[:, None]
-        grad_scale = pull * (p * (1 + wobble) + FLUSHED) + FLUSHED + np.abs(y)  # p, and what it is multiplied with
-        row_scale = 1 + size + _dot(p + np.abs(q), np.abs(u)) + np.abs(q).sum(axis=1) * S + capped
+        grad_scale = (pull * (p * (1 + wobble) + FLUSHED) + FLUSHED + np.abs(y)) / temperature  # p, and its factors
+        row_scale = 1 + size + _dot(p + np.abs(q), np.abs(u)) + np.abs(q).sum(axis=1) * (S + drift) + drift + capped
 
         # a sum of C terms, added one after the other, is off by some √C roundings
         terms = 1 + np.sqrt(C) / 8

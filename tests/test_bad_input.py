@@ -64,6 +64,9 @@ def call(backend: Any, **changes: Any) -> Any:
         ({"softcap": NAN}, ValueError, "softcap.*nan"),
         ({"softcap": INF}, ValueError, "softcap.*inf"),
         ({"softcap": True}, TypeError, "softcap.*True"),
+        ({"temperature": 0}, ValueError, "temperature must be finite and above 0, got 0"),
+        ({"temperature": -1.0}, ValueError, "temperature.*-1.0"),
+        ({"temperature": None}, TypeError, "temperature.*None"),
         ({"denominator": 0}, ValueError, "denominator.*0"),
         ({"denominator": -2.0}, ValueError, "denominator.*-2.0"),
         ({"denominator": NAN}, ValueError, "denominator.*nan"),
@@ -77,14 +80,15 @@ def call(backend: Any, **changes: Any) -> Any:
         ({"z_loss": 1e-46}, ValueError, "z_loss must be 0 or.*float32.*1e-46"),
         ({"z_loss": 1e300}, ValueError, r"z_loss.*float32.*1e\+300"),
         ({"label_smoothing": 1e-46}, ValueError, r"label_smoothing.*, 1\).*float32.*1e-46"),
-        ({"denominator": 1e-300}, ValueError, "denominator.*float32.*1e-300"),
+        ({"temperature": 1e-46}, ValueError, r"temperature must be in \[9.86e-32.*float32.*1e-46"),
+        ({"denominator": 1e-300}, ValueError, r"denominator must be in \[.*float32.*1e-300"),
         ({"denominator": 1e300}, ValueError, r"denominator.*float32.*1e\+300"),
         ({"logits": np.zeros((3, 4)), "softcap": 1e-300}, ValueError, "softcap.*float64.*1e-300"),
         ({"logits": np.zeros((3, 4)), "z_loss": 1e300}, ValueError, r"z_loss.*float64.*1e\+300"),
         # what is no number, or none that Python can bring to a float
         *(
             ({name: value}, error, name)
-            for name in ("label_smoothing", "z_loss", "softcap", "denominator")
+            for name in ("label_smoothing", "z_loss", "softcap", "temperature", "denominator")
             for value, error in (
                 (10**400, ValueError),
                 (-(10**5000), ValueError),  # which Python refuses to print

@@ -209,15 +209,21 @@ def test_top_k_is_the_sorted_log_softmax(backend: Any, data: Any) -> None:
     b = np.where(rng.random(c) < 0.2, -np.inf, b).astype(dtype)
     b[rng.integers(c)] = 0
     k, softcap = data.draw(st.integers(1, c)), data.draw(st.sampled_from([None, 4.0]))
+    temperature = data.draw(st.sampled_from([1.0, 0.5]))
     budget = data.draw(st.integers(40, 20_000))
     head = swl.AffineSoftmaxWithLoss(
-        backend.array(W), backend.array(b), softcap=softcap, label_smoothing=0.1, memory_budget=budget
+        backend.array(W),
+        backend.array(b),
+        softcap=softcap,
+        temperature=temperature,
+        label_smoothing=0.1,
+        memory_budget=budget,
     )
     ids, log_probs = (backend.numpy(a) for a in head.top_k(backend.array(x), k))
     assert ids.shape == log_probs.shape == (n, k)
     assert ids.dtype == np.int64
     assert log_probs.dtype == acc_dtype(dtype)
-    z = x.astype(float) @ W.astype(float) + b.astype(float)
+    z = (x.astype(float) @ W.astype(float) + b.astype(float)) / temperature
     order = np.argsort(-z, axis=1, kind="stable")[:, :k]
     if softcap is not None:
         z = softcap * np.tanh(z / softcap)

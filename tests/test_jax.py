@@ -65,7 +65,14 @@ def test_vmap() -> None:
 
 def test_options_and_rows() -> None:
     w, s = jnp.arange(1.0, 6.0), jnp.arange(6.0)
-    options = {"weight": w, "sample_weight": s, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 3.0}
+    options = {
+        "weight": w,
+        "sample_weight": s,
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "softcap": 3.0,
+        "temperature": 0.7,
+    }
     want, dz = swl.cross_entropy_value_and_grad(
         np.asarray(Z), np.asarray(IDS), reduction="none", dout=np.asarray(s),
         **{k: np.asarray(v) if k in ("weight", "sample_weight") else v for k, v in options.items()},

@@ -108,7 +108,7 @@ def test_equal_logits_of_any_size_give_exactly_log_c(backend: Any, dtype: Any, C
     case=cases(dtypes=[np.dtype(np.float32), np.dtype(np.float64)]), shift=st.sampled_from([1024.0, -4096.0, 65536.0])
 )
 def test_shift_invariance_is_bitwise_where_the_shift_is_exact(backend: Any, case: Case, shift: float) -> None:
-    for option in ("softcap", "z_loss"):
+    for option in ("softcap", "z_loss", "temperature"):
         case.options.pop(option, None)
     case.logits = np.clip(np.round(16 * case.logits) / 16, -64, 64).astype(case.dtype)
     logits, target, options, dout = case.on(backend)
@@ -118,6 +118,22 @@ def test_shift_invariance_is_bitwise_where_the_shift_is_exact(backend: Any, case
     loss_shifted, grad_shifted = swl.cross_entropy_value_and_grad(shifted, target, dout=dout, **options)
     same_bits("loss", backend.numpy(loss), backend.numpy(loss_shifted))
     same_bits("grad", backend.numpy(grad), backend.numpy(grad_shifted))
+
+
+@given(case=cases(dtypes=[np.dtype(np.float32), np.dtype(np.float64)]), temperature=st.sampled_from([0.25, 2.0, 64.0]))
+def test_a_temperature_that_divides_exactly_is_that_of_divided_logits(
+    backend: Any, case: Case, temperature: float
+) -> None:
+    case.options["temperature"] = temperature
+    logits, target, options, dout = case.on(backend)
+    loss, grad = swl.cross_entropy_value_and_grad(logits, target, dout=dout, **options)
+    del options["temperature"]
+    case.logits = case.logits / case.dtype.type(temperature)
+    divided, *_ = case.on(backend)
+    want_loss, want = swl.cross_entropy_value_and_grad(divided, target, dout=dout, **options)
+    np.testing.assert_allclose(backend.numpy(loss), backend.numpy(want_loss), rtol=1e-6, atol=1e-6)
+    want = backend.numpy(want)
+    np.testing.assert_allclose(backend.numpy(grad) * temperature, want, rtol=1e-5, atol=1e-6 * abs(want).max(initial=1))
 
 
 @given(case=cases())

@@ -61,6 +61,7 @@ def problems(draw: Any) -> Problem:
         "label_smoothing": 0.2,
         "z_loss": 0.1,
         "softcap": draw(st.sampled_from([0.5, 2.0, 30.0])),
+        "temperature": draw(st.sampled_from([0.5, 3.0])),
     }
     options: dict[str, Any] = {"reduction": reduction, **{k: v for k, v in possible.items() if draw(on)}}
     if reduction == "mean" and draw(on):
@@ -317,6 +318,7 @@ def test_an_ignore_index_that_no_id_can_be_under_a_transform(loss: Any) -> None:
         ("softcap", 1e300, ValueError),
         ("softcap", 10**400, ValueError),
         ("softcap", torch.ones(2), TypeError),
+        ("temperature", 1e-46, ValueError),
         ("z_loss", 1e-46, ValueError),
         ("z_loss", 1e300, ValueError),
         ("z_loss", torch.ones(2), TypeError),

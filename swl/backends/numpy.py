@@ -168,13 +168,15 @@ def raise_bad_id(ids: Any, row: int, n_classes: int, ignore_index: int) -> None:
 
 
 def _final_logits(logits: Any, target: Target) -> tuple[Any, Any | None]:
-    """Z = κ·tanh(r/κ) and ∂z/∂r = 1 − (z/κ)² of r = logits + bias; without a softcap z = r and None.
+    """Z = κ·tanh(r/κ) and ∂z/∂r = 1 − (z/κ)² of r = (logits + bias)/τ; without a softcap z = r and None.
 
     The slope is formed as 4e/(1 + e)², e = exp(−2|r|/κ), in float64: where z is near ±κ, the difference has no digits left.
     """
     r = acc(logits)
     if target.bias is not None:
         r = r + target.bias
+    if target.temperature != 1:
+        r = r / r.dtype.type(target.temperature)
     if not target.softcap:
         return r, None
     cap = r.dtype.type(target.softcap)

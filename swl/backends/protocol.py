@@ -36,6 +36,7 @@ class Target(NamedTuple):
     rest: float = 0.0  # ε/C, C counting the classes of all shards
     softcap: float = 0.0  # κ of z = κ·tanh(r/κ); 0: off
     z_loss: float = 0.0  # λ
+    temperature: float = 1.0  # τ of r = (logits + bias)/τ; `row_scale` has its 1/τ
     bias: Any = None  # (C,), dtype acc, contiguous, added to the logits before all else; None: 0
     first_class: int = 0  # the class id of column 0; an id outside the columns hits none of them, but its row counts
 

@@ -100,6 +100,8 @@ class Problem(NamedTuple):
             if scale.ndim != 0:
                 require_shape("dout", scale, legal, f"one value per loss of reduction={options.reduction!r}")
                 scale = scale.reshape(self.n_rows)
+        if options.temperature != 1:
+            scale = scale / options.temperature  # ∂z/∂r
         if self.denominator is not None:
             scale = scale * inverse(xp, self.denominator)
         if self.sample_weight is not None:

@@ -114,6 +114,8 @@ def _times(xp: Any, mass: Any, value: Any) -> Any:
 
 def final_logits(xp: Any, z: Any, target: Target) -> Any:
     """Turn logits, bias added, which may be written over, into the z of which the loss is the cross-entropy."""
+    if target.temperature != 1:
+        z /= target.temperature
     if target.softcap:
         z /= target.softcap
         z = xp.tanh(z, out=z)

@@ -341,6 +341,7 @@ def target_gradient(
     w = z.new_ones(z.shape[1]) if options.weight is None else options.weight.to(z.dtype)
     y = _probability_rows(target, w, options.label_smoothing)
     log_p = _log_p(y, z - row_max[:, None], log_sum)
+    scale = scale * options.temperature  # which `Problem.row_scale` has divided by it
     return _restored(log_p * w * ((options.label_smoothing - 1.0) * scale[:, None]), input)
 
 
@@ -408,6 +409,8 @@ def _log_p(y: Tensor, u: Tensor, S: Tensor) -> Tensor:
 
 def _final_logits(r: Tensor, options: Options) -> Tensor:
     """Compute z = κ·tanh(r/κ) in a form whose derivative torch finds without the cancellation of 1 − tanh²."""
+    if options.temperature != 1:
+        r = r / options.temperature
     if options.softcap is None:
         return r
     a = r / options.softcap

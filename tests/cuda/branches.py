@@ -31,7 +31,7 @@ class Case(NamedTuple):
     offset: int = 0
     gap: int = 0
     dense: str = ""  # dtype of probabilities; "": class ids
-    options: str = ""  # of "weight smoothing bias softcap z_loss shard stats"
+    options: str = ""  # of "weight smoothing bias temperature softcap z_loss shard stats"
     out: str = "new"  # "new", "same": in place, "shifted": off the logits' boundary; or a shorter dtype, in place
     processors: int = 2
     shared: int = 4096
@@ -41,7 +41,7 @@ class Case(NamedTuple):
         return f"{self.variant}-{self.dtype.name}-{self.N}x{self.C}-at{self.offset}+{self.gap}-{what}-{self.out}"
 
 
-ALL = "weight smoothing bias softcap z_loss stats"
+ALL = "weight smoothing bias temperature softcap z_loss stats"
 
 
 def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
@@ -128,6 +128,7 @@ def inputs(case: Case) -> Inputs:
         hot=1 - eps,
         rest=eps / C,
         softcap=5.0 if "softcap" in chosen else 0.0,
+        temperature=0.7 if "temperature" in chosen else 1.0,
         z_loss=0.01 if "z_loss" in chosen else 0.0,
         bias=rng.normal(size=C).astype(acc) if "bias" in chosen else None,
         first_class=first_class,

@@ -27,13 +27,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"sample_weight": True},
     {"z_loss": 0.3},
     {"softcap": 2.0},
+    {"temperature": 0.7},
     {"ignore_index": 0},
     {"denominator": 7.0},
     {"reduction": "sum"},
     {"reduction": "none"},
     {"weight": True, "label_smoothing": 0.3},
     {"weight": True, "sample_weight": True, "ignore_index": 1, "z_loss": 1e-2},
-    {"weight": True, "label_smoothing": 0.5, "sample_weight": True, "z_loss": 0.1, "softcap": 3.0, "reduction": "none"},
+    {"weight": True, "label_smoothing": 0.5, "sample_weight": True, "z_loss": 0.1, "softcap": 3.0, "temperature": 2.0},
 ]
 BUDGETS = [DEFAULT_BUDGET, 3000, 40_000]  # all logits at once; classes cut; rows cut
 
@@ -111,8 +112,8 @@ def one_case(comm: Any, number: int, options: dict[str, Any], kind: str, dtype: 
         oracle.assert_close(name, got[counts], right[counts], row[counts], acc, roundings=64)
     # equal to the last bit would need equal logits; the products of a shard may be rounded otherwise
     z = x64 @ W64 + b64
-    cap = options.get("softcap") or 0
-    capped = cap * np.tanh(z / cap) if cap else z
+    cap, r = options.get("softcap") or 0, z / options.get("temperature", 1)
+    capped = cap * np.tanh(r / cap) if cap else r
     chosen = np.take_along_axis(capped, stats.argmax[:, None], axis=1)[:, 0]
     assert (chosen >= capped.max(axis=1, initial=-np.inf) - 1e-3)[counts].all()
 

@@ -670,6 +670,7 @@ class CupyBackend:
             "rest": rest,
             "softcap": target.softcap,
             "z_loss": target.z_loss,
+            "temperature_inverse": 1 / target.temperature,
             "softcap_inverse": inverse,
             "softcap_inverse_rest": inverse_rest,
             # of one class it is y itself, rounded as the kernels round that

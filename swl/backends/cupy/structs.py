@@ -87,6 +87,7 @@ PROBLEM = Struct(
         "rest": "A",
         "softcap": "A",
         "z_loss": "A",
+        "temperature_inverse": "A",
         "softcap_inverse": "A",
         "softcap_inverse_rest": "A",
         "mass_hit": "A",

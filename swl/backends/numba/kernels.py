@@ -69,8 +69,8 @@ from swl.backends.protocol import IGNORED, Target
 PART = 128
 """Numbers that are summed by themselves: the rounding errors of a long sum grow with its parts, not its numbers."""
 
-HOT, REST, SOFTCAP, Z_LOSS = range(4)
-NUMBERS = ("hot", "rest", "softcap", "z_loss")
+HOT, REST, SOFTCAP, Z_LOSS, TEMPERATURE = range(5)
+NUMBERS = ("hot", "rest", "softcap", "z_loss", "temperature")
 """The numbers of a `Target`, as `sweep` takes them: one vector of float64."""
 PLAIN = np.array([getattr(Target(), name) for name in NUMBERS])
 """Those of a loss without options."""
@@ -100,7 +100,7 @@ def _z_pull(M: Any, S: Any, m: Any, lam: Any) -> Any:
 @njit(**INNER)
 def plain_logits(numbers: Any) -> bool:
     """Tell whether z is the logits, or their sum with the bias."""
-    return numbers[SOFTCAP] == 0
+    return numbers[SOFTCAP] == 0 and numbers[TEMPERATURE] == 1
 
 
 @njit(**INNER)
@@ -138,13 +138,14 @@ def _sweep_rows(
     waiting, last, last_hit, last_y, last_pull = False, 0, -1, zero, Pull(zero, zero, zero)
     cap = scalar(zero, softcap)
     cap_rest = scalar(zero, softcap - np.float64(cap))
+    tau = scalar(zero, numbers[TEMPERATURE])
     for i in range(logits.shape[0]):
         n = first + i
         slot = i % 2 if late else 0
         row = row_of(logits, i)
         e, bases = _slot(room, C, low, slot)
         q = row_of(probs, 0 if of_ids else i)
-        extras = Extras(dense, q, w, b, scalar(zero, hot), scalar(zero, rest), cap, cap_rest)
+        extras = Extras(dense, q, w, b, scalar(zero, hot), scalar(zero, rest), cap, cap_rest, tau)
         hit = -1  # the column of the target class, where it is one of ours
         m = one
         counts = True

@@ -85,6 +85,7 @@ class Extras(NamedTuple):
     rest: Any
     softcap: Any
     softcap_rest: Any  # κ = softcap + softcap_rest: twice the digits
+    temperature: Any  # τ
 
 
 @njit(**INNER)
@@ -97,10 +98,12 @@ def _at(row: Any, j: int, stop: Any, fill: Any) -> Any:
 
 @njit(**INNER)
 def _raw_at(row: Any, extras: Any, j: int, stop: Any, low: Any) -> Any:
-    """R = logits + bias; `low` = −inf past the end."""
+    """R = (logits + bias)/τ; `low` = −inf past the end."""
     r = _at(row, j, stop, low)
     if extras is not None and extras.bias.size:
         r = r + _at(extras.bias, j, stop, scalar(low, 0))
+    if extras is not None and extras.temperature != scalar(low, 1):
+        r = r / splat(extras.temperature)
     return r
 
 
