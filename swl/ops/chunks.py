@@ -12,6 +12,10 @@ again::
     dW += x[r]ᵀ·G                                       dx[r] += G·W[:, c]ᵀ;  dW[:, c] += x[r]ᵀ·G
 
 The bias is folded into the loss kernels.
+
+Where a device multiplies 16-bit operands, each chunk of rows would read and write a float32 ``dW``, which takes longer than the
+product itself. So the 16-bit ``G`` of many rows is kept for one product of them all: of all rows where that takes no more memory
+than the float32 ``dW`` would, or else of as many as have room where the 16-bit ``dW`` will be.
 """
 
 from __future__ import annotations
@@ -56,6 +60,12 @@ class Plan(NamedTuple):
     memory_budget: int
     stored: int
     """Bytes of a number in the inputs; fewer than `itemsize` for 16-bit ones."""
+    sums: int
+    """Numbers of the temporaries of what is added up over chunks."""
+    accumulators: int
+    """Bytes beside the budget, of 16-bit inputs in several chunks of rows: a ``dW`` to add up in, or all rows if `kept`."""
+    kept: int
+    """Rows whose gradient of the logits is kept for one product, on a device; 0: each chunk has its own."""
 
     @property
     def chunks(self) -> int:
@@ -65,19 +75,7 @@ class Plan(NamedTuple):
     @property
     def bytes(self) -> int:
         """Working memory: a chunk's logits, and the temporaries of what is added up over chunks."""
-        several_rows, several_classes = self.rows < self.N, self.classes < self.C
-        return self.itemsize * (
-            min(self.rows, self.N) * min(self.classes, self.C)
-            + (2 * self.D * self.tile if several_rows else 0)
-            + (2 * self.rows * self.D if several_classes else 0)
-        )
-
-    @property
-    def accumulators(self) -> int:
-        """Bytes beside the budget: a wider ``dW``, where that of 16-bit weights is added up over chunks of rows."""
-        return (
-            self.itemsize * self.D * self.C if self.tile and self.rows < self.N and self.stored < self.itemsize else 0
-        )
+        return self.itemsize * (min(self.rows, self.N) * min(self.classes, self.C) + self.sums)
 
     @property
     def flops(self) -> int:
@@ -85,7 +83,8 @@ class Plan(NamedTuple):
         return 2 * self.products * self.N * self.D * self.C
 
     def __str__(self) -> str:
-        wider = f"; dW is added up in {self.accumulators / 2**20:.1f} MiB beside it" if self.accumulators else ""
+        what = "the logits' gradients are kept" if self.kept >= self.N else "dW is added up"
+        wider = f"; {what} in {self.accumulators / 2**20:.1f} MiB beside it" if self.accumulators else ""
         return (
             f"linear_cross_entropy of {self.N} rows, {self.D} inputs, {self.C} classes\n"
             f"  chunks  {self.chunks} of {self.rows} rows × {self.classes} classes\n"
@@ -103,6 +102,7 @@ def plan(
     dtype: Any = np.float32,
     needs: Collection[str] = ("dx", "dW", "db"),
     memory_budget: int = DEFAULT_BUDGET,
+    device: bool = False,
 ) -> Plan:
     """Say how `swl.linear_cross_entropy_value_and_grad` cuts a problem.
 
@@ -119,6 +119,8 @@ def plan(
         gets the smallest chunks. Not in it are the ``dW`` of 16-bit inputs while it is added up (`Plan.accumulators`) and, on
         a host, the float32 copies of such inputs and what each thread of the CPU keeps as scratch, 1.1 to 4 MiB for a dtype. The
         NumPy backend, the specification, holds several arrays of a chunk's size.
+    device : bool
+        Whether the arrays are on a GPU, which multiplies 16-bit inputs as they are (docs/cuda.md).
 
     Returns
     -------
@@ -149,19 +151,30 @@ def plan(
     dtype = float_dtype("dtype", dtype)
     stored, itemsize = dtype.itemsize, acc_dtype(dtype).itemsize
     room = memory_budget // itemsize  # in numbers
-    gradients = len(needs & {"dx", "dW"})
-    tile = max(1, min(C, 2048, room // (16 * max(D, 1)))) if "dW" in needs else 0
-    products = 1 + gradients
+    tile = max(1, min(C, 2048, room // (16 * max(D, 1)))) if "dW" in needs and not device else 0
+    across = int("dx" in needs) if device else 2  # temporaries of a chunk's dx, where it adds up over classes
+
+    def cut(rows: int, classes: int) -> Plan:
+        again = bool(needs) and classes < C  # the logits are formed twice
+        products = 1 + len(needs & {"dx", "dW"}) + again
+        sums = (2 * D * tile if rows < N else 0) + (across * rows * D if classes < C else 0)
+        kept = wide = 0
+        if "dW" in needs and rows < N and stored < itemsize:
+            wide = itemsize * D * C
+            if device and stored * N * C <= wide:
+                kept, wide = N, stored * N * C
+            elif device and 2 * rows <= D:
+                kept = D // rows * rows  # they fill the memory of dW
+        return Plan(N, D, C, rows, classes, tile, itemsize, products, memory_budget, stored, sums, wide, kept)
+
     if room >= N * C:
-        return Plan(N, D, C, max(N, 1), max(C, 1), tile, itemsize, products, memory_budget, stored)
+        return cut(max(N, 1), max(C, 1))
     rows = (room - 2 * D * tile) // C
     if rows >= min(N, MIN_ROWS):
-        return Plan(N, D, C, _even(N, rows), C, tile, itemsize, products, memory_budget, stored)
+        return cut(_even(N, rows), C)
     rows = max(1, min(N, 4 * MIN_ROWS, room // (4 * max(D, 1))))
-    fixed = (2 * D * tile if rows < N else 0) + 2 * rows * D
-    classes = _even(C, max(1, min(C, (room - fixed) // rows)))
-    again = bool(needs) and classes < C  # the logits are formed twice
-    return Plan(N, D, C, rows, classes, tile, itemsize, products + again, memory_budget, stored)
+    fixed = (2 * D * tile if rows < N else 0) + across * rows * D
+    return cut(rows, _even(C, max(1, min(C, (room - fixed) // rows))))
 
 
 def _even(total: int, most: int) -> int:
@@ -195,6 +208,7 @@ def sweep(
     known: Rows | None = None,
     stats: bool = False,
     across: Callable[[Rows, Target, Any], Rows] | None = None,
+    kept: Any = None,
 ) -> Rows:
     """Run the loss of ``x·W + bias`` in chunks, and its gradients if `into` says where to.
 
@@ -214,6 +228,8 @@ def sweep(
     across : callable, optional
         Where `W` is a shard of the classes: takes the rows of a chunk here, its target, and with `stats` the target's
         plain mass here (`swl.ops.rows`), and gives the rows over all shards. Called once per chunk of rows, in order.
+    kept : array, shape (cut.kept, C), optional
+        Where the gradients of the logits are kept; given where `cut.kept` is not 0.
 
     Returns
     -------
@@ -223,19 +239,23 @@ def sweep(
     N, C = x.shape[0], W.shape[1]
     buffer = backend.empty((min(cut.rows, N) * cut.classes,), p.acc)
     parts: list[Rows] = []
+    together = cut.rows if kept is None else cut.kept
     for r0, r1 in cuts(N, cut.rows):
         target = p.target.rows(r0, r1)
         scale = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[r0:r1]
-        chunk = _Chunk(p, x[r0:r1], W, buffer, cut, r0 == 0, across)
+        g0 = r0 // together * together
+        chunk = _Chunk(p, x[r0:r1], W, buffer, cut, r0 == 0, across, None if kept is None else kept[r0 - g0 : r1 - g0])
         rows = None if known is None else known.cut(r0, r1)
         mine = None if into is None else into._replace(dx=None if into.dx is None else into.dx[r0:r1])
         if cut.classes >= C:
-            parts.append(chunk.whole(target, scale, mine, rows, stats))
-            continue
-        if rows is None:
-            rows = chunk.forward(target, stats)
-        if mine is not None:
-            chunk.backward(target, scale, mine, rows)
+            rows = chunk.whole(target, scale, mine, rows, stats)
+        else:
+            if rows is None:
+                rows = chunk.forward(target, stats)
+            if mine is not None:
+                chunk.backward(target, scale, mine, rows)
+        if kept is not None and into is not None and r1 in (g0 + together, N):
+            chunk._replace(x=x[g0:r1], first=g0 == 0, kept=None).add(kept[: r1 - g0], into, 0, C)
         parts.append(rows)
     if not parts:
         if into is not None:
@@ -256,6 +276,7 @@ class _Chunk(NamedTuple):
     cut: Plan
     first: bool  # of the chunks of rows: what adds up starts here
     across: Callable[[Rows, Target, Any], Rows] | None
+    kept: Any  # where the gradient of these logits is kept, to be added with others; or None
 
     def _logits(self, c0: int, c1: int) -> Any:
         n = self.x.shape[0]
@@ -269,8 +290,10 @@ class _Chunk(NamedTuple):
             target = target._replace(probs=target.probs.array(self.problem.backend))
         return target
 
-    def _over(self, logits: Any) -> Any:
+    def _gradient(self, logits: Any, c0: int, c1: int) -> Any:
         """Give where the gradient of these logits goes."""
+        if self.kept is not None:
+            return self.kept[:, c0:c1]
         return self.problem.backend.gradient_over(logits, self.x, self.W)
 
     def whole(self, target: Target, scale: Any, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
@@ -283,7 +306,7 @@ class _Chunk(NamedTuple):
             rows = backend.cross_entropy_forward(logits, target, stats)
             if self.across is not None:
                 rows = self.across(rows, target, plain_mass(backend.xp, target, C, self.problem.acc) if stats else None)
-        G = self._over(logits)
+        G = self._gradient(logits, 0, C)
         if rows is None:
             rows = backend.cross_entropy_forward_backward(logits, target, scale, G, stats)
         elif into is not None:
@@ -292,7 +315,8 @@ class _Chunk(NamedTuple):
             return rows
         if into.dx is not None:
             backend.affine_backward(G, self.x, self.W, into.dx, None, None)
-        self._add(G, into, 0, C)
+        if self.kept is None:
+            self.add(G, into, 0, C)
         return rows
 
     def forward(self, target: Target, stats: bool) -> Rows:
@@ -314,15 +338,16 @@ class _Chunk(NamedTuple):
         dx = None if into.dx is None else backend.empty(self.x.shape, self.problem.acc)
         for c0, c1 in cuts(self.W.shape[1], self.cut.classes):
             logits, here = self._logits(c0, c1), self._target(target, c0, c1)
-            G = self._over(logits)
+            G = self._gradient(logits, c0, c1)
             backend.cross_entropy_backward(logits, here, rows, scale, G)
             if dx is not None:  # the first chunk overwrites, the others add
                 backend.affine_backward(G, self.x, self.W[:, c0:c1], dx, None, None, accumulate=c0)
-            self._add(G, into, c0, c1)
+            if self.kept is None:
+                self.add(G, into, c0, c1)
         if dx is not None:
             into.dx[...] = dx
 
-    def _add(self, G: Any, into: Gradients, c0: int, c1: int) -> None:
+    def add(self, G: Any, into: Gradients, c0: int, c1: int) -> None:
         """``dW[:, c0:c1] += xᵀ·G`` and ``db[c0:c1] += Σ G``; the first chunk of rows overwrites instead."""
         if into.dW is None and into.db is None:
             return

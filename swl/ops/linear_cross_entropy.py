@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple, Unpack
 
 from swl.backends import Backend, Rows, resolve
+from swl.backends.registry import on_device
 from swl.ops.affine import Operands, empty_like_weights
 from swl.ops.checks import acc_dtype, affine_parameters, check_needs
 from swl.ops.chunks import DEFAULT_BUDGET, Gradients, Plan, plan, sweep
@@ -156,8 +157,10 @@ class Formed(NamedTuple):
 
     def cut(self, p: Problem, needs: Collection[str] = ()) -> Plan:
         """Plan the chunks."""
-        (N, D), C = self.operands.x2.shape, self.operands.W.shape[1]
-        return plan(N, D, C, dtype=p.acc, needs=needs, memory_budget=self.memory_budget)
+        x, W = self.operands.x2, self.operands.W
+        (N, D), C = x.shape, W.shape[1]
+        dtype = W.dtype if x.dtype == W.dtype and acc_dtype(W.dtype) == p.acc else p.acc
+        return plan(N, D, C, dtype=dtype, needs=needs, memory_budget=self.memory_budget, device=on_device(W))
 
     def forward(self, p: Problem, stats: bool) -> Rows:
         return sweep(p, self.operands.x2, self.operands.W, self.cut(p), stats=stats)
@@ -175,14 +178,25 @@ class Formed(NamedTuple):
         cut = self.cut(p, needs)
         if not needs:
             return known or sweep(p, x2, W, cut, stats=stats), (None, None, None)
-        adds_up = W.dtype if cut.rows >= x2.shape[0] else acc_dtype(W.dtype)
+        N, C = x2.shape[0], W.shape[1]
+        at_once = max(cut.rows, cut.kept) >= N
         into = Gradients(
             dx=backend.empty(x2.shape, x2.dtype) if "dx" in needs else None,
-            dW=empty_like_weights(backend, W, adds_up) if "dW" in needs else None,
-            db=backend.empty((W.shape[1],), p.acc) if "db" in needs else None,
+            dW=empty_like_weights(backend, W, W.dtype if at_once else acc_dtype(W.dtype)) if "dW" in needs else None,
+            db=backend.empty((C,), p.acc) if "db" in needs else None,
         )
-        rows = sweep(p, x2, W, cut, row_scale=p.row_scale(dout), into=into, known=known, stats=stats)
+        rounded = kept = None
+        if cut.kept and at_once:
+            kept = backend.empty((N, C), W.dtype)
+        elif cut.kept:  # where the rounded sum will be
+            rounded = empty_like_weights(backend, W, W.dtype)
+            flat = (rounded if rounded.flags.c_contiguous else rounded.T).reshape(-1)
+            kept = flat[: cut.kept * C].reshape(cut.kept, C)
+        rows = sweep(p, x2, W, cut, row_scale=p.row_scale(dout), into=into, known=known, stats=stats, kept=kept)
         dx, dW, db = into
+        if rounded is not None:
+            rounded[...] = dW
+            dW = rounded
         return rows, (
             None if dx is None else dx.reshape(x.shape),
             None if dW is None else dW.astype(W.dtype, copy=False),

@@ -185,7 +185,7 @@ SHAPES = (
 def table() -> Iterator[str]:
     """Give the table of docs/cuda.md, line by line."""
     yield (
-        "| rows | inputs | classes | dtype | launches | allocations | at most at a time | moved | multiply-adds | "
+        "| rows | inputs | classes | dtype | launches | allocations | at a time | moved | multiply-adds | "
         + " | ".join(f"{card}, bound" for card in CARDS)
         + " |"
     )

@@ -21,8 +21,15 @@ from swl.backends.protocol import TF32
 pytestmark = pytest.mark.usefixtures("on_fake")
 
 N, D, C = 40, 64, 700
-ONE, ROWS, BOTH = 10**7, 4 * 25 * C, 4 * 4000
-"""Budgets for one chunk, for chunks of rows, and for chunks of rows and classes."""
+CUTS = {  # inputs, budget; rows and classes of a chunk; rows whose gradients of the logits are kept
+    "one chunk": (64, 10**7, (40, 700), 0),
+    "rows, all kept": (64, 4 * 25 * C, (20, 700), 40),
+    "both, all kept": (64, 4 * 4000, (15, 175), 40),
+    "rows, some kept": (16, 4 * 8 * C, (8, 700), 16),
+    "both, some kept": (16, 4 * 500, (7, 54), 14),
+    "rows": (16, 4 * 25 * C, (20, 700), 0),
+    "both": (16, 4 * 4000, (32, 100), 0),
+}
 SHORT = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
 
@@ -31,7 +38,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swl.ops.chunks.MIN_ROWS", 8)
 
 
-def operands(dtype: Any) -> tuple[Any, Any, Any]:
+def operands(dtype: Any, D: int = D) -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(0)
     x, W = rng.normal(size=(N, D)).astype(dtype), rng.normal(size=(D, C)).astype(dtype)
     return x, W, rng.integers(0, C, N)
@@ -51,29 +58,35 @@ def allocated() -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
-@pytest.mark.parametrize("budget", [ONE, ROWS, BOTH])
+@pytest.mark.parametrize("how", CUTS)
 @pytest.mark.parametrize("turned", [False, True], ids=["(D, C)", "(C, D)"])
-def test_all_products_of_a_16_bit_head_take_16_bit_operands(dtype: Any, budget: int, turned: bool) -> None:
-    x, W, t = operands(dtype)
+def test_all_products_of_a_16_bit_head_take_16_bit_operands(dtype: Any, how: str, turned: bool) -> None:
+    D, budget, chunk, kept = CUTS[how]
+    x, W, t = operands(dtype, D)
     x, t = swl.asarray(x), swl.asarray(t)
     W = swl.asarray(np.ascontiguousarray(W.T)).T if turned else swl.asarray(W)
-    cut = swl.plan(N, D, C, dtype=dtype, memory_budget=budget)
-    assert (cut.rows < N, cut.classes < C) == {ONE: (False, False), ROWS: (True, False), BOTH: (True, True)}[budget]
+    cut = swl.plan(N, D, C, dtype=dtype, memory_budget=budget, device=True)
+    assert ((cut.rows, cut.classes), cut.kept) == (chunk, kept)
     with fakecuda.recorded() as works, allocated() as memory:
         swl.linear_cross_entropy_value_and_grad(x, W, t, memory_budget=budget)
     products = [work.what for work in works if work.what.startswith("gemmEx")]
-    assert len(products) == cut.products * cut.chunks
+    sums_of_dW = -(-N // kept) if kept else cut.chunks
+    assert len(products) == (cut.products - 1) * cut.chunks + sums_of_dW
     assert [p for p in products if not p.startswith(f"gemmEx of {dtype.name}")] == []
-    as_large_as_W = [size for size in memory if size >= 2 * D * C and size != 4 * cut.rows * cut.classes]
-    assert sorted(size / (D * C) for size in as_large_as_W) == (
-        [2, 4] if cut.accumulators else [2]
-    )  # the gradient, and what it was added up in
+    # beside the gradient: what it is added up in, or what is kept of all rows if that is less
+    beside = 0 if cut.rows == N else min(4 * D * C, 2 * N * C) if kept == N else 4 * D * C
+    assert cut.accumulators == beside
+    taken = (2 * D * C, beside, 4 * cut.rows * cut.classes)
+    assert sorted(n for n in memory if n >= 2 * D * C) == sorted(n for n in taken if n >= 2 * D * C)
 
 
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
-@pytest.mark.parametrize("budget", [ONE, ROWS, BOTH])
-def test_the_gradient_of_the_logits_is_rounded_once(dtype: Any, budget: int) -> None:
-    x, W, t = operands(dtype)
+@pytest.mark.parametrize("how", CUTS)
+@pytest.mark.parametrize("turned", [False, True], ids=["(D, C)", "(C, D)"])
+def test_the_gradient_of_the_logits_is_rounded_once(dtype: Any, how: str, turned: bool) -> None:
+    D, budget, _, _ = CUTS[how]
+    x, W, t = operands(dtype, D)
+    W = np.ascontiguousarray(W.T).T if turned else W
     wide = x.astype(np.float64) @ W.astype(np.float64)
     _, G = swl.cross_entropy_value_and_grad(wide, t, reduction="sum", backend="numpy")
     _, (dx, dW, db) = swl.linear_cross_entropy_value_and_grad(

@@ -10,7 +10,7 @@ import ledger
 import ml_dtypes
 import numpy as np
 import pytest
-from ledger import CARDS, Entry, Step
+from ledger import CARDS, Entry, Step, float_dtype
 
 import swl
 from swl.backends.cupy.backend import CupyBackend
@@ -26,10 +26,42 @@ def arrays(N: int, D: int, C: int, dtype: Any) -> tuple[Any, Any, Any]:
     return swl.asarray(x), swl.asarray(W), swl.asarray(rng.integers(0, C, N))
 
 
-def test_all_multiply_adds_of_a_16_bit_head_are_of_16_bit_operands_summed_in_float32() -> None:
-    for dtype in ("bfloat16", "float16"):
-        counted = HEAD._replace(dtype=dtype).counted()
-        assert counted.multiply_adds() == {f"{dtype} in float32": 3 * HEAD.N * HEAD.D * HEAD.C}
+@pytest.mark.parametrize("N", [4096, HEAD.N, 20000])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_head_takes_little_longer_than_its_three_products(N: int, dtype: str) -> None:
+    step = HEAD._replace(N=N, dtype=dtype)
+    _, D, C, _, _ = step
+    counted = step.counted()
+    assert counted.multiply_adds() == {f"{dtype} in float32": 3 * N * D * C}
+    gradient, beside = (
+        2 * D * C,
+        min(4 * D * C, 2 * N * C),
+    )  # the sum of dW, or the gradient of all logits if that is less
+    assert sorted(size for size in counted.allocations if size >= gradient) == [gradient, beside]
+    assert {
+        card: counted.seconds(CARDS[card]) / step.three_products(CARDS[card]) < 1.15 for card in CARDS
+    } == dict.fromkeys(CARDS, True)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        HEAD,
+        HEAD._replace(N=20000),
+        HEAD._replace(N=100),
+        Step(4000, 256, 50257, "float16", 2**24),
+        Step(500, 4096, 50257, "float16", 2**22),
+        Step(4000, 1024, 32000, "float32", 2**24),
+        Step(500, 4096, 32000, "float64", 2**23),
+    ],
+    ids=str,
+)
+def test_a_plan_tells_all_memory_that_is_taken(step: Step) -> None:
+    N, D, C, dtype, budget = step
+    cut = swl.plan(N, D, C, dtype=dtype, memory_budget=budget, device=True)
+    results = float_dtype("dtype", dtype).itemsize * D * (N + C)
+    peak = step.counted().peak
+    assert 0 <= peak - (results + cut.bytes + cut.accumulators) <= 100 * N
 
 
 def test_the_ledger_sees_what_is_not_so(monkeypatch: pytest.MonkeyPatch) -> None:
