@@ -131,7 +131,7 @@ def test_gradcheck(reduction: str) -> None:
         return swl.torch.linear_cross_entropy(x, W, q, linear_bias=b, weight=w, reduction=reduction, **OPTIONS)
 
     for f, args in ((ids, (x,)), (probabilities, (x, q)), (fused, (x, W, q, b)), (swl.torch.affine, (x, W, b))):
-        assert torch.autograd.gradcheck(f, args)
+        assert torch.autograd.gradcheck(f, args, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(f, args)
     assert torch.autograd.gradcheck(lambda x: swl.torch.cross_entropy(x, IDS, denominator=3.0), (x,))
 

@@ -19,6 +19,19 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: swl.torch.cross_entropy(Z, Z.numpy()), TypeError, "target must be a torch.Tensor, got numpy.ndarray"),
     (lambda: swl.torch.cross_entropy(Z.numpy(), IDS), TypeError, "input must be a torch.Tensor, got numpy.ndarray"),
     (
+        lambda: swl.torch.cross_entropy([[0.0, 1.0]], [0]),
+        TypeError,
+        "input must be a torch.Tensor, got list: .*swl.cross_entropy takes arrays",
+    ),
+    (lambda: swl.torch.affine(Z.numpy(), Z), TypeError, "input must be.*got numpy.ndarray.*swl.affine takes"),
+    (lambda: swl.torch.affine(Z, [[0.0] * 4]), TypeError, "weight must be a torch.Tensor, got list"),
+    (lambda: swl.torch.linear_cross_entropy(Z, Z, [0, 1, 2]), TypeError, "target must be a torch.Tensor, got list"),
+    (
+        lambda: swl.torch.linear_cross_entropy(Z, Z.numpy(), IDS),
+        TypeError,
+        "linear_weight must be.*got numpy.ndarray.*swl.linear_cross_entropy takes",
+    ),
+    (
         lambda: swl.torch.cross_entropy(Z, IDS, weight=np.ones(4, np.float32)),
         TypeError,
         "weight must be a torch.Tensor, got numpy.ndarray: torch.as_tensor makes one",

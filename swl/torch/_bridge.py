@@ -53,9 +53,8 @@ class Host:
         t = t.detach()
         if t.is_neg():
             t = t.resolve_neg()
-        if t.dtype is torch.bfloat16:  # NumPy has no such dtype of its own
-            return t.view(torch.int16).numpy().view(_bfloat16())
-        return t.numpy()
+        array = np.asarray(_Memory(t))
+        return array.view(_bfloat16()) if t.dtype is torch.bfloat16 else array
 
     def tensor(self, a: Any) -> Tensor:
         a = np.asarray(a)
@@ -65,6 +64,31 @@ class Host:
 
     def scope(self) -> AbstractContextManager[object]:
         return self._scope
+
+
+_CODES = {getattr(torch, np.dtype(code).name): np.dtype(code).str for code in "dfeqihbQIHB?"} | {
+    torch.bfloat16: np.dtype(np.int16).str
+}  # NumPy has no bfloat16 of its own
+
+
+class _Memory:
+    """The memory of a tensor, for NumPy to see; `Tensor.numpy` would pin it, and FSDP resizes what it shards."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, t: Tensor) -> None:
+        code = _CODES.get(t.dtype)
+        if code is None:
+            raise TypeError(f"tensors of real numbers are needed, got one of {t.dtype}")
+        self.owner = t
+        size = t.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (t.data_ptr(), False),
+            "typestr": code,
+            "shape": tuple(t.shape),
+            "strides": None if t.is_contiguous() else tuple([size * s for s in t.stride()]),
+        }
 
 
 def _bfloat16() -> Any:

@@ -17,7 +17,18 @@ from torch import Tensor
 
 from swl.options import ExtraKwargs, Options
 from swl.torch._bridge import host_scalar
-from swl.torch._loss import Loss, at_once, check, check_values, composed, out_dtype, route, target_gradient
+from swl.torch._loss import (
+    Loss,
+    at_once,
+    batched,
+    check,
+    check_values,
+    composed,
+    out_dtype,
+    require_tensors,
+    route,
+    target_gradient,
+)
 from swl.torch._options import ACC, are_defaults, checked, packed, unpacked
 
 __all__ = ["cross_entropy"]
@@ -93,6 +104,9 @@ def cross_entropy(
             return host_scalar(small[0], input.dtype)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    require_tensors(
+        "cross_entropy", input=input, target=target, weight=weight, sample_weight=extra.get("sample_weight")
+    )
     options = checked(input, weight, reduction, ignore_index, label_smoothing, extra)
     probabilities = check(input, target, options)
     dtype = out_dtype(input, target, probabilities)
@@ -126,9 +140,9 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(input, target)
         ctx.options = options, probabilities
         if small is not None:
-            ctx.loss, ctx.gradient = None, small[1]
+            ctx.rows, ctx.gradient = None, small[1]
             return host_scalar(small[0], dtype)
-        ctx.loss = loss = Loss.of(input, target, options, probabilities)
+        loss = Loss.of(input, target, options, probabilities)
         with loss.bridge.scope():
             one_sweep = loss.bridge.on_host and options.reduction != "none" and input.dtype is not torch.float16
             if one_sweep and ctx.needs_input_grad[0]:
@@ -139,26 +153,27 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return *_twice(ctx, grad_output), None, None, None, None
+        if torch.is_grad_enabled() or batched(grad_output):
+            return *_composed_gradients(ctx, grad_output), None, None, None, None
         (d_input, ctx.gradient), d_target = (ctx.gradient, None), None
         if d_input is not None and not math.isfinite(scale := grad_output.item()):
             d_input = None  # a row that is ignored gets 0 all the same
         if d_input is not None:
             if scale != 1.0:
                 d_input.mul_(grad_output)
-            if ctx.loss is None or not ctx.needs_input_grad[1]:
+            if not ctx.needs_input_grad[1]:
                 return d_input, None, None, None, None, None
-        if ctx.loss is None:  # of a small problem, whose gradient has been handed over
-            input, target = ctx.saved_tensors
-            ctx.loss = Loss.of(input, target, *ctx.options)
-            ctx.rows = ctx.loss.forward()
-        loss, rows = ctx.loss, ctx.rows
+        input, target = ctx.saved_tensors  # whose memory may have moved: nothing of the forward's arrays was kept
+        options, probabilities = ctx.options
+        loss = Loss.of(input, target, options, probabilities)
         with loss.bridge.scope():
+            rows = ctx.rows if ctx.rows is not None else loss.forward()
             if d_input is None and ctx.needs_input_grad[0]:
                 d_input = loss.backward(grad_output, rows)
             if ctx.needs_input_grad[1]:
-                d_target = _target_gradient(ctx, grad_output)
+                tensor, scale = loss.bridge.tensor, loss.row_scale(grad_output)
+                d_target = target_gradient(input, target, tensor(rows.row_max), tensor(rows.log_sum), scale, options)
+                d_target = d_target.to(target.dtype)
         return d_input, d_target, None, None, None, None
 
 
@@ -166,19 +181,14 @@ _apply = super(torch.autograd.Function, _CrossEntropy).apply
 """What ``_CrossEntropy.apply`` calls when it has seen that no transform is active, as `route` has."""
 
 
-def _target_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
-    (input, target), rows, tensor = ctx.saved_tensors, ctx.rows, ctx.loss.bridge.tensor
-    scale, (options, _) = ctx.loss.row_scale(grad_output), ctx.options
-    grad = target_gradient(input, target, tensor(rows.row_max), tensor(rows.log_sum), scale, options)
-    return grad.to(target.dtype)
-
-
-def _twice(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Compute gradients that can be differentiated again, which asks for torch's own operations."""
+def _composed_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Compute gradients to be differentiated again, or many at once, both of which ask for torch's own operations."""
+    again = torch.is_grad_enabled()
     input, target = ctx.saved_tensors
-    loss = composed(input, target, *ctx.options)
+    with torch.enable_grad():
+        loss = composed(input, target, *ctx.options)
     wanted = [t for t, needed in zip((input, target), ctx.needs_input_grad, strict=False) if needed]
-    grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=True))
+    grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=again))
     d_input, d_target = (next(grads) if needed else None for needed in ctx.needs_input_grad[:2])
     return d_input, d_target
 

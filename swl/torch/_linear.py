@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swl.backends import Rows
 from swl.ops.affine import Operands
@@ -23,8 +25,18 @@ from swl.ops.loss import Problem, Source
 from swl.options import DEFAULTS, ExtraKwargs, Options
 from swl.torch._bridge import Bridge, bridge
 from swl.torch._cross_entropy import cross_entropy
-from swl.torch._loss import FLOATS, Loss, check, check_values, composed, route, target_gradient
-from swl.torch._options import ACC, as_arrays, checked, packed, unpacked
+from swl.torch._loss import (
+    FLOATS,
+    Loss,
+    batched,
+    check,
+    check_values,
+    composed,
+    require_tensors,
+    route,
+    target_gradient,
+)
+from swl.torch._options import ACC, as_arrays, autocast_dtype, checked, packed, unpacked
 
 __all__ = ["affine", "linear_cross_entropy"]
 
@@ -58,6 +70,7 @@ def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> swl.torch.affine(torch.tensor([1., 2.]), torch.eye(2), torch.tensor([10., 20.]))
     tensor([11., 22.])
     """
+    require_tensors("affine", input=input, weight=weight, bias=bias)
     input, weight, bias = _autocast(input, weight, bias)
     _check_affine(input, weight, bias, ("input", "weight", "bias"))
     way = route(input, weight, bias)
@@ -72,10 +85,9 @@ def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _autocast(*given: Tensor | None) -> tuple[Any, ...]:
     """Convert as torch converts the operands of a product under autocast."""
-    device = next(t.device.type for t in given if t is not None)
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(next(t.device for t in given if t is not None))
+    if dtype is None:
         return given
-    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t if t is None or not t.is_floating_point() or t.dtype is torch.float64 else t.to(dtype) for t in given
     )
@@ -140,9 +152,9 @@ class _Affine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         input, weight = ctx.saved_tensors
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not batched(grad_output):
             return tuple(_affine_gradients(grad_output, input, weight, ctx.needs_input_grad))
-        # to be differentiated again: in torch's own operations
+        # to be differentiated again, or many at once: in torch's own operations
         g, x = grad_output.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
         d_input, d_weight, d_bias = ctx.needs_input_grad
         return grad_output @ weight if d_input else None, g.T @ x if d_weight else None, g.sum(0) if d_bias else None
@@ -238,6 +250,15 @@ def linear_cross_entropy(
     >>> swl.torch.linear_cross_entropy(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]))
     tensor(1.3863)
     """
+    require_tensors(
+        "linear_cross_entropy",
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        weight=weight,
+        sample_weight=extra.get("sample_weight"),
+    )
     if linear_weight.ndim > 2:
         return _positions(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, extra
@@ -251,7 +272,6 @@ def linear_cross_entropy(
         raise ValueError("ignore_index cannot be given with a target of probabilities")
     ignored = DEFAULTS.ignore_index if ignore_index is None else ignore_index
     given = checked(input, weight, reduction, ignored, label_smoothing, extra)
-    rows = math.prod(leading)
     if target.shape not in (leading, (*leading, C)):
         raise ValueError(
             f"target must have shape {tuple(leading)} (class ids) or {(*leading, C)} (probabilities), "
@@ -260,12 +280,12 @@ def linear_cross_entropy(
     if (sample_weight := given.sample_weight) is not None:
         if sample_weight.shape != leading:
             raise ValueError(f"sample_weight must have shape {tuple(leading)}, got {tuple(sample_weight.shape)}")
-        given = given._replace(sample_weight=sample_weight.reshape(rows))
-    x = input.reshape(rows, input.shape[-1])
-    t = target.reshape(rows, C) if probabilities else target.reshape(rows)
-    check(x.new_empty(()).expand(rows, C), t, given)
+        given = given._replace(sample_weight=sample_weight.reshape(-1))
+    x = _matrix(input)
+    t = _matrix(target) if probabilities else target.reshape(-1)
+    check(x.new_empty(()).expand(x.shape[0], C), t, given)
     dtype = torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype
-    if torch.is_autocast_enabled(input.device.type) and dtype_before is not torch.float64:
+    if autocast_dtype(input.device) is not None and dtype_before is not torch.float64:
         dtype = torch.float32
     if options is not None and options.batch_chunk_size is not None:
         size = 8 if input.dtype is torch.float64 else 4
@@ -318,10 +338,15 @@ def _positions(
     )
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """See ``(..., D)`` as ``(rows, D)``."""
+    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
+
+
 def _logits(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Form all logits, in the arithmetic's dtype and torch's own operations."""
     acc = torch.float64 if x.dtype is torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
         return torch.nn.functional.linear(x.to(acc), W.to(acc), None if b is None else b.to(acc))
 
 
@@ -421,35 +446,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 rows = head.forward()
             ctx.save_for_backward(x, linear_weight, target, bias)
-            ctx.head, ctx.rows, ctx.options = head, rows, options
+            ctx.rows, ctx.others = rows, (options, memory_budget)
             return head.reduce(rows.loss, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            return *_twice(ctx, grad_output), None, None, None
-        head, d_target = ctx.head, None
+        if torch.is_grad_enabled() or batched(grad_output):
+            return *_composed_gradients(ctx, grad_output), None, None, None
+        # the memory of what was saved may have moved: nothing of the forward's arrays was kept
+        (x, W, target, bias), rows, (options, memory_budget) = ctx.saved_tensors, ctx.rows, ctx.others
+        d_x, d_weight, d_target, d_bias = ctx.needs_input_grad[:4]
+        head = _head(x, W, target, bias, options, memory_budget, (d_x, d_weight, d_bias))
         grads, ctx.gradients = ctx.gradients, None
         with head.bridge.scope():
             if grads is None:
-                grads = head.backward(grad_output, ctx.rows)
+                grads = head.backward(grad_output, rows)
             elif not head.bridge.on_host or grad_output.item() != 1.0:
                 _scale(head, grads, grad_output)
-            x, W, target, bias = ctx.saved_tensors
-            if ctx.needs_input_grad[2]:
-                d_target = _target_gradient(head, ctx.rows, grad_output, x, W, target, bias, ctx.options)
-        dx, dW, db = grads
-        return dx, dW, d_target, db, None, None, None
+            dx, dW, db = grads
+            dt = _target_gradient(head, rows, grad_output, x, W, target, bias, options) if d_target else None
+        return dx, dW, dt, db, None, None, None
 
 
-def _twice(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
-    """Compute gradients that can be differentiated again, which asks for torch's own operations."""
+def _composed_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
+    """Compute gradients to be differentiated again, or many at once, both of which ask for torch's own operations."""
+    again = torch.is_grad_enabled()
     x, W, target, bias = saved = ctx.saved_tensors
-    logits = _logits(x, W, bias)
-    loss = composed(logits, target, ctx.options, target.shape == logits.shape)
+    with torch.enable_grad():
+        logits = _logits(x, W, bias)
+        loss = composed(logits, target, ctx.others[0], target.shape == logits.shape)
     needs = ctx.needs_input_grad[:4]
     wanted = [t for t, needed in zip(saved, needs, strict=True) if needed]
-    grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=True))
+    grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=again))
     return [next(grads) if needed else None for needed in needs]
 
 
@@ -528,3 +556,31 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 _operation.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ------------------------------------------------------------------------------------------------ what counters of work see
+
+
+def _products(x: Any, weight: Any, count: int) -> int:
+    """Count the operations of so many products of (..., D) with (K, D)."""
+    return int(2 * math.prod(x[:-1]) * math.prod(weight) * count)
+
+
+@register_flop_formula(torch.ops.swl.affine)
+def _(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return _products(x, weight, 1)
+
+
+@register_flop_formula(torch.ops.swl.affine_backward)
+def _(grad_output: Any, x: Any, weight: Any, needs: Any, **_: Any) -> int:
+    return _products(x, weight, sum(needs[:2]))
+
+
+@register_flop_formula(torch.ops.swl.linear_cross_entropy)
+def _(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return _products(x, weight, 1)
+
+
+@register_flop_formula(torch.ops.swl.linear_cross_entropy_backward)
+def _(grad_output: Any, x: Any, weight: Any, target: Any, bias: Any, kept: Any, needs: Any, *_: Any, **__: Any) -> int:
+    return _products(x, weight, 1 + sum(needs[:2]))  # the logits are formed once more

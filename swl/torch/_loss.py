@@ -18,17 +18,19 @@ from swl.ops.cross_entropy import SMALL
 from swl.ops.loss import Problem, problem
 from swl.options import DEFAULTS, Options, require_magnitudes
 from swl.torch._bridge import Bridge, bridge, host_scalar
-from swl.torch._options import ACC, as_arrays
+from swl.torch._options import ACC, as_arrays, autocast_dtype
 
 __all__ = [
     "FLOATS",
     "Loss",
     "at_once",
+    "batched",
     "check",
     "check_values",
     "composed",
     "logits_rows",
     "out_dtype",
+    "require_tensors",
     "route",
     "target_gradient",
 ]
@@ -48,13 +50,16 @@ below, one copy with the classes innermost is cheaper than so many small sweeps.
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def require_tensor(name: str, x: Any) -> None:
-    """Refuse an array of another library, whose dtypes and devices only look like torch's."""
-    if not isinstance(x, Tensor):
-        kind = type(x)
-        raise TypeError(
-            f"{name} must be a torch.Tensor, got {kind.__module__}.{kind.__name__}: torch.as_tensor makes one"
-        )
+def require_tensors(function: str, **given: Any) -> None:
+    """Refuse an array of another library, whose dtypes and devices may look like torch's; None is no array."""
+    for name, x in given.items():
+        if x is not None and not isinstance(x, Tensor):
+            kind = type(x)
+            got = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {got}: torch.as_tensor makes one; "
+                f"swl.{function} takes arrays of other libraries"
+            )
 
 
 def check(input: Tensor, target: Tensor, options: Options) -> bool:
@@ -66,7 +71,6 @@ def check(input: Tensor, target: Tensor, options: Options) -> bool:
         Naming argument, what came and what is legal.
     """
     if input.dtype not in FLOATS:
-        require_tensor("input", input)
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     shape = input.shape
     if not shape:
@@ -80,7 +84,6 @@ def check(input: Tensor, target: Tensor, options: Options) -> bool:
     probabilities = target.shape == shape
     if probabilities:
         if target.dtype not in FLOATS:
-            require_tensor("target", target)
             raise TypeError(f"target of probabilities, having the shape of input, must be floating, got {target.dtype}")
         if options.ignore_index >= 0:
             raise ValueError(f"ignore_index={options.ignore_index} is for class ids, but target holds probabilities")
@@ -90,7 +93,6 @@ def check(input: Tensor, target: Tensor, options: Options) -> bool:
             f"for input of shape {tuple(shape)}, got {tuple(target.shape)}"
         )
     elif target.dtype not in _INTEGERS:
-        require_tensor("target", target)
         raise TypeError(f"target of class ids must be of an integer dtype, got {target.dtype}")
     weight, sample_weight, denominator = options.arrays().values()
     if weight is not None and weight.shape != (C,):
@@ -99,7 +101,6 @@ def check(input: Tensor, target: Tensor, options: Options) -> bool:
         raise ValueError(f"sample_weight must have shape {tuple(rows)}, one per row, got {tuple(sample_weight.shape)}")
     for name, t in (("target", target), ("weight", weight), ("sample_weight", sample_weight)):
         if t is not None and t.device != input.device:
-            require_tensor(name, t)
             raise TypeError(f"input is on {input.device} but {name} on {t.device}; all tensors must be on one device")
     if denominator is not None and denominator.device != input.device:
         raise TypeError(f"input is on {input.device} but denominator on {denominator.device}")
@@ -109,7 +110,7 @@ def check(input: Tensor, target: Tensor, options: Options) -> bool:
 def out_dtype(input: Tensor, target: Tensor, probabilities: bool) -> torch.dtype:
     """Say the dtype of the loss as torch has it: that of logits and probabilities; under autocast at least float32."""
     dtype = torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype
-    if dtype is not torch.float64 and torch.is_autocast_enabled(input.device.type):
+    if dtype is not torch.float64 and autocast_dtype(input.device) is not None:
         return torch.float32
     return dtype
 
@@ -120,11 +121,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def route(*given: Tensor | None) -> Literal["at hand", "traced", "transformed"]:
     """Say what the tensors allow.
 
-    ``"at hand"``: they have memory to compute on here and now. ``"traced"``, as by `torch.compile` or with fake tensors: they
-    need an operation that torch's dispatcher knows. ``"transformed"``, by `torch.func` or for forward-mode differentiation:
-    they need torch's own operations, of which torch knows all derivatives and batching rules.
+    ``"at hand"``: they have memory to compute on here and now. ``"traced"``, as by `torch.compile`, by `torch.jit.trace` or
+    with fake tensors: they need an operation that torch's dispatcher knows. ``"transformed"``, by `torch.func` or for
+    forward-mode differentiation: they need torch's own operations, of which torch knows all derivatives and batching rules.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "traced"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "transformed"
@@ -134,6 +135,12 @@ def route(*given: Tensor | None) -> Literal["at hand", "traced", "transformed"]:
         if t is not None and (type(t) not in _PLAIN or t.is_meta):
             return "traced"
     return "at hand"
+
+
+def batched(grad_output: Tensor) -> bool:
+    """Tell whether an upstream gradient stands for many, as under ``is_grads_batched``: an operation then runs for each."""
+    known = torch._C._functorch
+    return known.is_legacy_batchedtensor(grad_output) or known.is_batchedtensor(grad_output)
 
 
 # ------------------------------------------------------------------------------------------------ layouts
@@ -185,7 +192,7 @@ def at_once(input: Tensor, target: Tensor, ignore_index: int, gradient: bool) ->
     here = bridge(input)
     logits = here.array(input)
     out = np.empty(logits.shape, logits.dtype) if gradient else None
-    done = here.backend.plain_loss(logits, target.numpy(), ignore_index, out)
+    done = here.backend.plain_loss(logits, here.array(target), ignore_index, out)
     if done is None:
         return None
     total, count = done

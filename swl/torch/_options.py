@@ -12,10 +12,18 @@ from swl.ops.checks import F32, F64
 from swl.options import DEFAULTS, NUMBERS, ExtraKwargs, Options, require_magnitudes
 from swl.torch._bridge import Bridge
 
-__all__ = ["ACC", "are_defaults", "as_arrays", "checked", "packed", "unpacked"]
+__all__ = ["ACC", "are_defaults", "as_arrays", "autocast_dtype", "checked", "packed", "unpacked"]
 
 ACC: dict[Any, Any] = {torch.float64: F64, torch.float32: F32, torch.float16: F32, torch.bfloat16: F32}
 """The dtype of the arithmetic."""
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast gives to products; None outside of it, and on a device that has none, as meta."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
 
 
 def are_defaults(reduction: str, ignore_index: int, label_smoothing: float, extra: Mapping[str, Any]) -> bool:

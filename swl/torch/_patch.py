@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from swl.errors import BackendUnavailable
 from swl.torch._cross_entropy import cross_entropy
@@ -21,7 +22,7 @@ class Report:
 
     def __init__(self) -> None:
         self.covered = 0
-        """Calls that swl computed."""
+        """Calls that swl computed; one for each time that `torch.compile` traced one."""
         self.fell_through: Counter[str] = Counter()
         """Calls left to torch, by reason."""
 
@@ -30,12 +31,43 @@ class Report:
         return "\n".join(lines + [f"  {count} × {reason}" for reason, count in self.fell_through.most_common()])
 
 
+_reports: list[Report] = []
+"""Those of the patches that are in force, the innermost last."""
+
+
+@torch._dynamo.assume_constant_result
+def _count(reason: str | None) -> None:
+    """Count a call: of compiled code when it is traced, lest it be traced again for every count."""
+    if reason is None:
+        _reports[-1].covered += 1
+    else:
+        _reports[-1].fell_through[reason] += 1
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _not_ours(*args: Any, **kwargs: Any) -> str | None:
+    """Say which argument leaves a call to torch, whatever the others are."""
+    for t in (*args, *kwargs.values()):
+        if isinstance(t, torch.Tensor):
+            if type(t) not in _PLAIN:
+                return f"a {type(t).__name__}, a subclass of Tensor"
+            if t.device.type not in ("cpu", "cuda"):
+                return f"a tensor on {t.device}"
+    for t in (*args[:2], *(kwargs[name] for name in ("input", "target") if name in kwargs)):
+        if not isinstance(t, torch.Tensor):
+            return f"a {type(t).__name__}, which is no Tensor"
+    return None
+
+
 @contextmanager
 def patch() -> Iterator[Report]:
     """Route ``torch.nn.functional.cross_entropy``, and with it `torch.nn.CrossEntropyLoss`, through swl.
 
-    What `swl.torch.cross_entropy` refuses falls through to torch and is counted. A reference that someone took before, as by
-    ``from torch.nn.functional import cross_entropy``, is not reached. The patch is of the process, not of the thread.
+    What swl does not compute is left to torch as it came and is counted: subclasses of tensors, such as DTensor, other
+    devices, whatever is no tensor, and options that `swl.torch.cross_entropy` refuses. A reference that someone took before,
+    as by ``from torch.nn.functional import cross_entropy``, is not reached. The patch is of the process, not of the thread.
 
     Yields
     ------
@@ -56,16 +88,25 @@ def patch() -> Iterator[Report]:
 
     @functools.wraps(original)
     def routed(*args: Any, **kwargs: Any) -> Any:
-        try:
-            loss = cross_entropy(*args, **kwargs)
-        except (TypeError, ValueError, NotImplementedError, BackendUnavailable) as error:
-            report.fell_through[str(error)] += 1
-            return original(*args, **kwargs)
-        report.covered += 1
-        return loss
+        reason, tensors = _not_ours(*args, **kwargs), (*args, *kwargs.values())
+        if not torch.compiler.is_compiling() and has_torch_function(tensors):  # which is to see torch's own function
+            _count(reason)
+            return handle_torch_function(original, tensors, *args, **kwargs)
+        if reason is None:
+            try:
+                loss = cross_entropy(*args, **kwargs)
+            except (TypeError, ValueError, NotImplementedError, BackendUnavailable) as error:
+                reason = str(error)
+            else:
+                _count(None)
+                return loss
+        _count(reason)
+        return original(*args, **kwargs)
 
     F.cross_entropy = routed
+    _reports.append(report)
     try:
         yield report
     finally:
         F.cross_entropy = original
+        _reports.remove(report)
