@@ -48,7 +48,8 @@ def test_shards_of_the_classes_combine_to_the_whole(backend: Any, case: Case, cu
         case.options.pop("label_smoothing", None)
     case.dout = 1.0
     logits, target, options, _ = case.on(backend)
-    problem = check(logits, target, Options.checked({**options, "reduction": "none", "denominator": None}))
+    alone = {"reduction": "none", "denominator": None, "sample_weight": None}
+    problem = check(logits, target, Options.checked({**options, **alone}))
     logits_nc = problem.source.logits_nc
     ops, whole = problem.backend, problem.target
 
@@ -74,7 +75,7 @@ def test_shards_of_the_classes_combine_to_the_whole(backend: Any, case: Case, cu
     assert_close("loss", loss, want.loss.reshape(N), loss_scale, case.acc, roundings=64)
 
     rows = Rows(*(backend.array(x) for x in (loss.astype(case.acc), M, S, d, A)))
-    row_scale = backend.array(np.ones(1, case.acc))
+    row_scale = problem.row_scale(1.0)
     grads = []
     for a, b in ranges:
         out = ops.empty((N, b - a), logits_nc.dtype)
@@ -116,7 +117,8 @@ def test_rows_can_be_worked_on_in_chunks(backend: Any, case: Case, cut: int) -> 
     """`Target.rows` and slices of the logits give the same rows as the whole."""
     case.dout = 1.0
     logits, target, options, _ = case.on(backend)
-    problem = check(logits, target, Options.checked({**options, "reduction": "none", "denominator": None}))
+    alone = {"reduction": "none", "denominator": None, "sample_weight": None}
+    problem = check(logits, target, Options.checked({**options, **alone}))
     logits_nc = problem.source.logits_nc
     ops, N = problem.backend, problem.n_rows
     cut = min(cut, N)

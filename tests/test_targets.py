@@ -110,7 +110,10 @@ def test_the_marks_of_ids_differ_from_every_class_and_each_other() -> None:
 
 
 def test_no_options_are_the_defaults_of_torch() -> None:
-    assert Options.checked({}) == Options(None, -100, "mean", 0.0, None, 0.0, None, None, None, None)
+    assert Options.checked({}) == Options(
+        weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, sample_weight=None,
+        z_loss=0.0, softcap=None, temperature=1.0, denominator=None, backend=None, check=None,
+    )  # fmt: skip
 
 
 def test_options_accept_numpy_numbers() -> None:
