@@ -22,9 +22,10 @@ from swl.functional import (
 from swl.nn.activations import ReLU, Relu, Sigmoid
 from swl.nn.affine import Affine
 from swl.nn.book import BatchNormalization, Dropout, MatMul, TimeAffine, TimeEmbedding, TimeSoftmaxWithLoss
+from swl.nn.differences import numerical_gradient
 from swl.nn.embedding import Embedding
 from swl.nn.fused_head import AffineSoftmaxWithLoss
-from swl.nn.gradcheck import check_gradients, numerical_gradient
+from swl.nn.gradcheck import check_gradients
 from swl.nn.losses import SoftmaxWithLoss
 from swl.nn.optim import SGD, AdamW
 from swl.nn.sequential import Sequential

@@ -22,7 +22,8 @@ import fakecuda
 
 # ------------------------------------------------------------------------------------------------ waits and copies
 
-_OUTSIDE = ("swl.cli", "swl.demos.train", "swl.nn.gradcheck", "swl.distributed")  # may look at results, as a user may
+# may look at results, as a user may
+_OUTSIDE = ("swl.cli", "swl.demos.train", "swl.nn.gradcheck", "swl.nn.differences", "swl.distributed")
 _MAY_WAIT = frozenset(("check", "info", "state_dict", "perplexity", "_number"))  # the last is for error messages
 _MAY = {0: _MAY_WAIT | {"__init__"}, 1: frozenset(("asarray",))}  # by Ask in driver/state.h
 
