@@ -223,13 +223,13 @@ def test_a_forked_process_has_the_users_threads_of_blas_back() -> None:
     held, over = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with blas.one_thread_each(), blas._lock:
+        with blas.one_thread_each(1), blas._lock:
             held.set()
             over.wait(60)
 
     def use() -> bool:
         assert control.get() == 2
-        with blas.one_thread_each():
+        with blas.one_thread_each(1):
             assert control.get() == 1
         return control.get() == 2
 
@@ -255,7 +255,7 @@ def test_blas_is_held_until_the_last_of_many_threads_has_left() -> None:
 
     def hold() -> None:
         for _ in range(300):
-            with blas.one_thread_each():
+            with blas.one_thread_each(1):
                 if control.get() != 1:
                     wrong.append(True)
 
@@ -319,6 +319,39 @@ def test_where_memory_is_short_the_pool_keeps_none(call: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 400 << 20
+
+
+NO_ROOM = """
+import resource
+import numpy as np
+import swl
+
+swl.set_num_threads(2)
+x, W = np.ones((16_000, 2000), np.float32), np.ones((2000, 1000), np.float32)
+swl.affine(x[:8], W)  # one thread
+swl.cross_entropy(np.ones((300, 2000), np.float32), np.zeros(300, int))  # two
+out = swl.affine(x, W[:, :1])
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (16_000_000 * 4 + (20 << 20))
+resource.setrlimit(resource.RLIMIT_AS, (held, held))
+try:
+    swl.affine(x, W)  # there is room for the result, but not for what BLAS wants beside it
+except MemoryError as error:
+    print("no memory:", error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not tell how much memory is mapped")
+def test_where_blas_finds_no_memory_it_is_an_error() -> None:
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "SWL_BACKEND": "numba", "NUMBA_CPU_NAME": "haswell"}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"MALLOC_ARENA_MAX": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("no memory: Unable to allocate")
 
 
 def test_an_allocation_that_fails_though_nothing_is_kept_fails() -> None:

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from swl.backends.host.memory import MEMORY
+
 __all__ = ["control", "one_thread_each"]
+
+BUFFER = 33 << 20
+"""Bytes, about, that OpenBLAS takes and keeps for each thread that is in it; where it gets none it ends the process."""
 
 
 class _Control:
@@ -41,11 +46,12 @@ def control() -> _Control | None:
 _lock = threading.RLock()  # a signal handler may come amid the lines that hold it, and go through all of them
 _holders: set[object] = set()
 _theirs = 1
+_served = 1  # threads at a time for which OpenBLAS has its buffers
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Hold BLAS to the calling thread; the user's own setting is back when the last of several calls has left."""
+def one_thread_each(threads: int) -> Iterator[None]:
+    """Hold BLAS to the thread that calls it, of `threads`; the user's own setting is back when the last user has left."""
     global _theirs
     blas = control()
     if blas is None:
@@ -59,12 +65,21 @@ def one_thread_each() -> Iterator[None]:
             if now != 1:
                 _theirs = now
                 blas.set(1)
+        _make_room(threads + len(_holders) - 1)
         yield
     finally:
         try:
             _leave(blas, me)
         finally:
             _leave(blas, me)  # an interrupt may have cut the first short
+
+
+def _make_room(threads: int) -> None:
+    """See that there is memory for OpenBLAS's buffers: here its lack is a MemoryError, after the pool has let go of its own."""
+    global _served
+    if threads > _served:
+        MEMORY.allocate(np.empty, (threads - _served) * BUFFER, np.uint8)
+        _served = threads
 
 
 def _leave(blas: _Control, me: object) -> None:

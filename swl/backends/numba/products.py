@@ -96,7 +96,7 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
     if not large:
         tiles(0, rows * columns)
         return
-    with nullcontext() if compiled else one_thread_each():
+    with nullcontext() if compiled else one_thread_each(POOL.threads):
         POOL.run(tiles, rows * columns)
 
 
