@@ -18,6 +18,8 @@ from swl.functional import (
     cross_entropy_value_and_grad,
     linear_cross_entropy,
     linear_cross_entropy_value_and_grad,
+    linear_log_prob,
+    linear_log_prob_value_and_grad,
 )
 from swl.nn.activations import ReLU, Relu, Sigmoid
 from swl.nn.affine import Affine
@@ -95,6 +97,8 @@ __all__ = [
     "info",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",
+    "linear_log_prob",
+    "linear_log_prob_value_and_grad",
     "memory_use",
     "numerical_gradient",
     "plan",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,6 +21,9 @@ def acc(x: Any) -> Any:
     """Bring an array to the dtype that arithmetic uses."""
     return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
 
+
+CACHED = 1 << 15
+"""Numbers whose temporaries stay in a processor's second cache."""
 
 _quiet = np.errstate(all="ignore")
 """NaN and ±inf mean what IEEE 754 says, and are no news."""
@@ -142,6 +146,11 @@ class NumpyBackend:
 
     def total(self, x: Any) -> Any:
         return x.sum(dtype=np.float64)
+
+    def by_rows(self, work: Callable[[int, int], object], n_rows: int, row_size: int) -> None:
+        step = max(1, CACHED // max(row_size, 1))
+        for begin in range(0, n_rows, step):
+            work(begin, min(begin + step, n_rows))
 
     def check(self) -> None:
         return None

@@ -9,7 +9,7 @@ Each row of logits has a target row ``y``, most of it implied::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import ModuleType
@@ -191,6 +191,12 @@ class Backend(Protocol):
 
         All in one call, for problems so small that calls are what takes time, and to the same bits as the operations above.
         Unlike theirs, the arguments were not checked: None, with nothing written, says that those operations must do it.
+        """
+
+    def by_rows(self, work: Callable[[int, int], object], n_rows: int, row_size: int) -> None:
+        """Call ``work(begin, end)`` for ranges of rows that cover `n_rows`, perhaps several at a time.
+
+        For what is written with `xp` over rows of `row_size` numbers: a range is so small that temporaries of its size cost little.
         """
 
     def check(self) -> None:

@@ -21,7 +21,7 @@ than the float32 ``dW`` would, or else of as many as have room where the 16-bit 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from swl.ops.loss import Problem
 from swl.ops.rows import combine, plain_mass
 from swl.ops.targets import ChunkedProbabilities
 
-__all__ = ["DEFAULT_BUDGET", "Plan", "plan", "sweep"]
+__all__ = ["DEFAULT_BUDGET", "Plan", "Swept", "plan", "sweep"]
 
 DEFAULT_BUDGET = 256 * 2**20
 """Bytes of working memory when the caller names none (docs/performance.md, "The fused head")."""
@@ -209,6 +209,7 @@ def sweep(
     stats: bool = False,
     across: Callable[[Rows, Target, Any], Rows] | None = None,
     kept: Any = None,
+    loss: Swept | None = None,
 ) -> Rows:
     """Run the loss of ``x·W + bias`` in chunks, and its gradients if `into` says where to.
 
@@ -230,6 +231,8 @@ def sweep(
         plain mass here (`swl.ops.rows`), and gives the rows over all shards. Called once per chunk of rows, in order.
     kept : array, shape (cut.kept, C), optional
         Where the gradients of the logits are kept; given where `cut.kept` is not 0.
+    loss : Swept, optional
+        Another function of the logits than the cross-entropy.
 
     Returns
     -------
@@ -244,16 +247,17 @@ def sweep(
         target = p.target.rows(r0, r1)
         scale = row_scale if row_scale is None or row_scale.shape[0] == 1 else row_scale[r0:r1]
         g0 = r0 // together * together
-        chunk = _Chunk(p, x[r0:r1], W, buffer, cut, r0 == 0, across, None if kept is None else kept[r0 - g0 : r1 - g0])
+        mine = None if kept is None else kept[r0 - g0 : r1 - g0]
+        chunk = _Chunk(p, loss or backend, x[r0:r1], W, buffer, cut, r0 == 0, across, mine)
         rows = None if known is None else known.cut(r0, r1)
-        mine = None if into is None else into._replace(dx=None if into.dx is None else into.dx[r0:r1])
+        here = None if into is None else into._replace(dx=None if into.dx is None else into.dx[r0:r1])
         if cut.classes >= C:
-            rows = chunk.whole(target, scale, mine, rows, stats)
+            rows = chunk.whole(target, scale, here, rows, stats)
         else:
             if rows is None:
                 rows = chunk.forward(target, stats)
-            if mine is not None:
-                chunk.backward(target, scale, mine, rows)
+            if here is not None:
+                chunk.backward(target, scale, here, rows)
         if kept is not None and into is not None and r1 in (g0 + together, N):
             chunk._replace(x=x[g0:r1], first=g0 == 0, kept=None).add(kept[: r1 - g0], into, 0, C)
         parts.append(rows)
@@ -266,10 +270,26 @@ def sweep(
     return Rows.joined(xp, parts)
 
 
+class Swept(Protocol):
+    """A function of stored logits, and its gradient: a backend's cross-entropy, or another one with the same sweeps."""
+
+    def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+        """Compute the rows."""
+
+    def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+        """Write the gradient; `out` may lie over the logits."""
+
+    def cross_entropy_forward_backward(
+        self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool
+    ) -> Rows:
+        """Do both."""
+
+
 class _Chunk(NamedTuple):
     """Some rows of the problem, and the memory for their logits."""
 
     problem: Problem
+    loss: Swept
     x: Any
     W: Any
     buffer: Any
@@ -303,14 +323,14 @@ class _Chunk(NamedTuple):
         logits = self._logits(0, C)
         rows = known
         if known is None and (into is None or self.across is not None):
-            rows = backend.cross_entropy_forward(logits, target, stats)
+            rows = self.loss.cross_entropy_forward(logits, target, stats)
             if self.across is not None:
                 rows = self.across(rows, target, plain_mass(backend.xp, target, C, self.problem.acc) if stats else None)
         G = self._gradient(logits, 0, C)
         if rows is None:
-            rows = backend.cross_entropy_forward_backward(logits, target, scale, G, stats)
+            rows = self.loss.cross_entropy_forward_backward(logits, target, scale, G, stats)
         elif into is not None:
-            backend.cross_entropy_backward(logits, target, rows, scale, G)
+            self.loss.cross_entropy_backward(logits, target, rows, scale, G)
         if into is None:
             return rows
         if into.dx is not None:
@@ -325,7 +345,7 @@ class _Chunk(NamedTuple):
         parts, starts, plain = [], [], []
         for c0, c1 in cuts(self.W.shape[1], self.cut.classes):
             here = self._target(target, c0, c1)
-            parts.append(self.problem.backend.cross_entropy_forward(self._logits(c0, c1), here, stats))
+            parts.append(self.loss.cross_entropy_forward(self._logits(c0, c1), here, stats))
             starts.append(c0)
             if stats:
                 plain.append(plain_mass(xp, here, c1 - c0, self.problem.acc))
@@ -339,7 +359,7 @@ class _Chunk(NamedTuple):
         for c0, c1 in cuts(self.W.shape[1], self.cut.classes):
             logits, here = self._logits(c0, c1), self._target(target, c0, c1)
             G = self._gradient(logits, c0, c1)
-            backend.cross_entropy_backward(logits, here, rows, scale, G)
+            self.loss.cross_entropy_backward(logits, here, rows, scale, G)
             if dx is not None:  # the first chunk overwrites, the others add
                 backend.affine_backward(G, self.x, self.W[:, c0:c1], dx, None, None, accumulate=c0)
             if self.kept is None:

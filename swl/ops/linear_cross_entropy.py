@@ -9,7 +9,7 @@ from swl.backends import Backend, Rows, resolve
 from swl.backends.registry import on_device
 from swl.ops.affine import Operands, empty_like_weights
 from swl.ops.checks import acc_dtype, affine_parameters, check_needs
-from swl.ops.chunks import DEFAULT_BUDGET, Gradients, Plan, plan, sweep
+from swl.ops.chunks import DEFAULT_BUDGET, Gradients, Plan, Swept, plan, sweep
 from swl.ops.loss import Problem, problem
 from swl.ops.targets import ChunkedProbabilities
 from swl.options import OptionKwargs, Options
@@ -166,12 +166,14 @@ class Formed(NamedTuple):
         return sweep(p, self.operands.x2, self.operands.W, self.cut(p), stats=stats)
 
     def forward_backward(self, p: Problem, dout: Any, stats: bool) -> tuple[Rows, Any]:
-        return self._gradients(p, dout, None, stats)
+        return self.gradients(p, p.row_scale(dout), None, stats)
 
     def backward(self, p: Problem, dout: Any, rows: Rows) -> Any:
-        return self._gradients(p, dout, rows, False)[1]
+        return self.gradients(p, p.row_scale(dout), rows, False)[1]
 
-    def _gradients(self, p: Problem, dout: Any, known: Rows | None, stats: bool) -> tuple[Rows, Any]:
+    def gradients(
+        self, p: Problem, row_scale: Any, known: Rows | None, stats: bool, loss: Swept | None = None
+    ) -> tuple[Rows, Any]:
         """Compute rows and ``dx, dW, db`` in one sweep; from `known` rows of an earlier forward if there are any."""
         backend, x, x2, W, _ = self.operands
         needs = [name for name in self.needs if name != "db" or self.b is not None]
@@ -192,7 +194,7 @@ class Formed(NamedTuple):
             rounded = empty_like_weights(backend, W, W.dtype)
             flat = (rounded if rounded.flags.c_contiguous else rounded.T).reshape(-1)
             kept = flat[: cut.kept * C].reshape(cut.kept, C)
-        rows = sweep(p, x2, W, cut, row_scale=p.row_scale(dout), into=into, known=known, stats=stats, kept=kept)
+        rows = sweep(p, x2, W, cut, row_scale=row_scale, into=into, known=known, stats=stats, kept=kept, loss=loss)
         dx, dW, db = into
         if rounded is not None:
             rounded[...] = dW

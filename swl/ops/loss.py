@@ -86,19 +86,19 @@ class Problem(NamedTuple):
             self._finish()
             return Loss(self.reduce(rows.loss), self, rows), gradients
 
-    def row_scale(self, dout: Any) -> Any:
+    def row_scale(self, dout: Any, name: str = "dout") -> Any:
         """Fold upstream gradient, row weights and denominator into what a backward kernel takes: (N,) or (1,)."""
         xp, options = self.backend.xp, self.options
         if isinstance(dout, (int, float)):
             try:
                 scale: Any = float(dout)
             except OverflowError as error:
-                raise ValueError("dout is an integer beyond the largest float") from error
+                raise ValueError(f"{name} is an integer beyond the largest float") from error
         else:
-            scale = real_array(self.backend, "dout", dout).astype(self.acc, copy=False)  # 1/N is nothing in float16
+            scale = real_array(self.backend, name, dout).astype(self.acc, copy=False)  # 1/N is nothing in float16
             legal = self.leading if options.reduction == "none" else ()
             if scale.ndim != 0:
-                require_shape("dout", scale, legal, f"one value per loss of reduction={options.reduction!r}")
+                require_shape(name, scale, legal, f"one value per loss of reduction={options.reduction!r}")
                 scale = scale.reshape(self.n_rows)
         if options.temperature != 1:
             scale = scale / options.temperature  # ∂z/∂r

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from importlib.resources import files
@@ -176,6 +176,7 @@ class Plan(NamedTuple):
 _KEEP_WARP, _KEEP_BLOCK = 4, 4  # packs per lane that stay in registers
 _PART_LANES, _PART_KEEP = 8, 4
 _SPLIT_PACKS = 1024  # at least 4 per thread of ce_partial
+_AT_ONCE = 1 << 22  # numbers of a range of `by_rows`
 _ROW_BYTES = 64  # Row in cross_entropy.cu
 
 
@@ -687,6 +688,11 @@ class CupyBackend:
 
     def total(self, x: Any) -> Any:
         return x.sum(dtype=np.float64)
+
+    def by_rows(self, work: Callable[[int, int], object], n_rows: int, row_size: int) -> None:
+        step = max(1, _AT_ONCE // max(row_size, 1))
+        for begin in range(0, n_rows, step):
+            work(begin, min(begin + step, n_rows))
 
     def check(self) -> None:
         for device in list(self._devices.values()):

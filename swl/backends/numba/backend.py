@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -216,6 +217,14 @@ class NumbaBackend(NumpyBackend):
         room = scratch(kernels.plain_room(N, C, acc.itemsize), acc)
         total, count = kernels.plain_loss(logits, ids, ignore_index, _NO_OUT[acc] if out is None else out, room)
         return None if count < 0 else (total, count)
+
+    def by_rows(self, work: Callable[[int, int], object], n_rows: int, row_size: int) -> None:
+        in_cache = super().by_rows
+
+        def some(begin: int, end: int) -> None:
+            in_cache(lambda a, b: work(begin + a, begin + b), end - begin, row_size)
+
+        POOL.run(some, n_rows, -(-GRAIN // max(row_size, 1)))
 
     def total(self, x: Any) -> Any:
         return kernels.total(_vector(x, x.dtype))

@@ -118,7 +118,7 @@ def _cupys_modules(to: Path) -> None:
     run(*pip, f"cupy=={version}", "-d", to, env=python)
     (archive,) = to.glob("cupy-*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(to, filter="data")
+        tar.extractall(to, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # not before 3.11.4
     source = to / f"cupy-{version}"
     (source / "thrust").mkdir()  # thrust.pyx asks for the version alone
     (source / "thrust" / "version.h").write_text("#define THRUST_VERSION 200000\n")
