@@ -55,8 +55,8 @@ def warmup(
 
     Notes
     -----
-    Without kernels on disk the Numba backend takes about 15 s for float32 and as long again for float64; with them, about
-    a second.
+    Without kernels on disk the Numba backend takes about 15 s for float32 and as long again for each other dtype; with them,
+    about a second.
 
     Examples
     --------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import multiprocessing
 import os
+import platform
+import re
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import BFLOAT16
 
 import swl
 from swl.backends.host import threads
 from swl.backends.host.threads import POOL
+from swl.backends.numba import backend as _backend
+from swl.backends.numba import simd
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.standard_normal((601, 1009), np.float32)  # more than one thread's worth
@@ -222,8 +228,6 @@ def test_exp_is_within_two_ulp_on_its_whole_range(dtype: Any) -> None:
     """Subnormal results included; exactly 0 below them, 1 at 0, and a NaN stays one."""
     from numba import njit
 
-    from swl.backends.numba import simd
-
     @njit(error_model="numpy")
     def exp(x: Any, out: Any) -> None:
         step = simd.lanes(x[0])
@@ -251,3 +255,73 @@ def test_the_rounding_errors_of_a_mean_do_not_grow_with_its_rows() -> None:
         each = swl.cross_entropy(z, t, weight=w, reduction="none")
         mean = float(swl.cross_entropy(z, t, weight=w))
     assert abs(mean - math.fsum(each) / math.fsum(w[t])) <= 16 * np.spacing(mean)
+
+
+# ------------------------------------------------------------------------------------------------ 16 bit
+
+
+@pytest.mark.parametrize("C", [1, 10, 64, 65, 97, 1000, 9001])
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
+def test_rows_of_16_bit_have_the_bits_of_float32_rows_rounded(
+    dtype: Any, C: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that read and write 16 bit compute what they do on a float32 copy; wherever rows lie, in place, with all options."""
+    rng = np.random.default_rng(C)
+    z = (rng.standard_normal((67, C)) * 6).astype(dtype)
+    z[3], z[4, 0], z[5, -1], z[6, : C // 2], z[7, 0] = -np.inf, np.nan, np.inf, -np.inf, np.finfo(np.float16).tiny / 8
+    ids, q = rng.integers(0, C, 67), rng.random((67, C), np.float32)
+    ids[[1, 2, 40, 66]] = -100
+    everything: dict[str, Any] = {"softcap": 20.0, "z_loss": 1e-3, "label_smoothing": 0.1, "temperature": 1.5}
+    everything["weight"] = rng.random(C, np.float32)
+    dout = np.exp(rng.uniform(-30, 12, 67))  # gradients below the smallest number and above the largest
+    spread = np.zeros((67, 2 * C + 1), dtype)[:, 1::2]
+
+    def found() -> list[Any]:
+        arrays: list[Any] = []
+        for t, options in itertools.product((ids, q.astype(dtype)), ({}, everything)):
+            here = {"reduction": "none", "dout": dout, **options}
+            for logits, out in ((z, None), (np.asfortranarray(z), None), (z, spread), (inside := z.copy(), inside)):
+                loss, grad, stats = swl.cross_entropy_value_and_grad(logits, t, stats=True, out=out, **here)
+                arrays += [loss, grad.copy(), *stats]
+            arrays += swl.cross_entropy_value_and_grad(z, t, **here)
+            arrays.append(swl.cross_entropy(z, t, **options))
+        return arrays
+
+    with swl.use_backend("numba"):
+        monkeypatch.setattr(_backend, "STREAM", 0)
+        direct = found()
+        monkeypatch.setattr(_backend, "READS_HALVES", False)
+        staged = found()
+    for got, want in zip(direct, staged, strict=True):
+        assert got.dtype == want.dtype
+        nan = np.isnan(want.astype(np.float64))
+        np.testing.assert_array_equal(np.isnan(got.astype(np.float64)), nan)
+        assert np.where(nan, want.dtype.type(0), got).tobytes() == np.where(nan, want.dtype.type(0), want).tobytes()
+
+
+def test_16_bit_numbers_are_converted_a_register_at_a_time() -> None:
+    """One instruction for each register of numbers; nothing is called, and no lane is taken out or put in."""
+    from numba import from_dtype, njit
+
+    @njit(error_model="numpy")
+    def twice(x: Any, out: Any) -> None:
+        one = np.float32(1)
+        for j in range(0, x.size, simd.lanes(one)):
+            z = simd.load(simd.whole(x), j, one)
+            simd.store(simd.whole(out), j, z + z)
+
+    expected = {np.uint16: ("vcvtph2ps", "vcvtps2ph"), np.int16: ("vpmovzxwd", "v?(?:packusdw|pmovdw)")}
+    for dtype, names in expected.items():
+        x = np.full(64, 0x3F00, dtype)
+        twice(x, x)
+        text = next(text for sig, text in twice.inspect_asm().items() if sig[0].dtype == from_dtype(np.dtype(dtype)))
+        if "%ymm" not in text:  # of a processor that reads them otherwise, which tests/test_processors.py holds
+            assert not (_backend.READS_HALVES and platform.machine() == "x86_64")
+            continue
+        body = text.split(".cfi_startproc")[1].split(".cfi_endproc")[0]  # without the wrapper for Python
+        registers = 2 if "%zmm" in body else 4
+        counts = [len(re.findall(rf"\s{name}\s", body)) for name in names]
+        assert counts[0] > 0
+        assert counts[0] % registers == 0
+        assert counts[1] % (registers // 2) == 0
+        assert not re.search(r"\s(call\w*|v?pextrw|v?pinsrw|vcvtph2ps\s.*%xmm\d+, %xmm)", body)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import FLOATS, Case, random_ids, random_logits, random_probabilities
+from cases import BFLOAT16, FLOATS, Case, random_ids, random_logits, random_probabilities
 from test_cross_entropy import check
 
 import swl
@@ -62,6 +62,24 @@ def test_singles_become_the_nearest_half() -> None:
     bits = x.view(np.uint32)
     nan = (bits >> 16 & 0x8000 | 0x7E00 | bits >> 13 & 0x3FF).astype(np.uint16)
     np.testing.assert_array_equal(convert(x, np.uint16), np.where(np.isnan(x), nan, want))
+
+
+def test_singles_become_the_nearest_bfloat16() -> None:
+    """At every bfloat16, at every tie between two and on both sides of it, subnormal numbers and the largest included."""
+    every = (np.arange(0x7F81, dtype=np.uint32) << 16).view(np.float32)  # up to inf
+    ties = (np.arange(0x7F80, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
+    beside = [np.nextafter(ties, np.float32(to)) for to in (0, np.inf)]
+    random = np.random.default_rng(0).integers(0, 1 << 32, 1_000_000, np.uint32).view(np.float32)
+    nan = np.array([0x7F800001, 0x7FC00000, 0x7FFFFFFF], np.uint32).view(np.float32)
+    x = np.concatenate([every, ties, *beside, nan, random])
+    x = np.concatenate([x, (x.view(np.uint32) ^ np.uint32(1 << 31)).view(np.float32)])
+    with np.errstate(all="ignore"):
+        got, want = convert(x, np.int16).view(BFLOAT16), x.astype(BFLOAT16)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(x))
+    there = ~np.isnan(x)
+    np.testing.assert_array_equal(got[there].view(np.uint16), want[there].view(np.uint16))
+    back = convert(got.view(np.int16), np.float32)
+    np.testing.assert_array_equal(back.view(np.uint32), got.view(np.uint16).astype(np.uint32) << 16)
 
 
 @pytest.mark.parametrize("kind", ["ids", "probabilities"])

@@ -15,6 +15,7 @@ from swl.backends.numba import gemm as _gemm
 from swl.backends.numba import kernels
 from swl.backends.numba.products import product
 from swl.backends.numba.scratch import scratch
+from swl.backends.numba.simd import reads_halves
 from swl.backends.numpy import NumpyBackend, raise_bad_id
 from swl.backends.protocol import Target
 from swl.errors import BackendUnavailable
@@ -50,8 +51,10 @@ _BEYOND = 1 << 63
 _F32, _F64, _I64 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
 _NONE = {dtype: np.empty(0, dtype) for dtype in (_F32, _F64)}
 _NO_IDS = np.empty(0, np.int64)
-_NO_OUT = {dtype: np.empty((0, 0), dtype) for dtype in (_F32, _F64)}
-_BITS = {"float16": np.uint16, "bfloat16": np.int16}  # how the kernels know them (`swl.backends.numba.simd`)
+_BITS = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}  # as in `swl.backends.numba.simd`
+_NO_OUT = {dtype: np.empty((0, 0), dtype) for dtype in (_F32, _F64, *_BITS.values())}
+READS_HALVES = reads_halves()
+"""Whether rows of 16-bit numbers go to the kernels as they are; else they are copied to float32 some at a time."""
 
 
 def _read_only(x: Any) -> Any:
@@ -74,19 +77,24 @@ def _fits(x: Any, acc: Any) -> bool:
 _NO_PROBS = {dtype: _read_only(np.empty((1, 0), dtype)) for dtype in (_F32, _F64)}
 
 
-def _staged(x: Any, acc: Any) -> Any:
+def _bits(dtype: Any) -> Any:
+    """Return the dtype as which the kernels know a 16-bit one, None for any other."""
+    return _BITS.get(dtype.name) if dtype.isnative else None
+
+
+def _staged(x: Any, dtype: Any) -> Any:
     """Copy some rows to the form that the kernels take."""
-    bits = _BITS.get(x.dtype.name) if acc == _F32 and x.dtype.isnative else None
+    bits = _bits(x.dtype) if dtype == _F32 else None
     if bits is None:
-        return MEMORY.allocate(np.array, x, acc, order="C")
-    z = MEMORY.allocate(np.empty, x.shape, acc)
+        return MEMORY.allocate(np.array, x, dtype, order="C")
+    z = MEMORY.allocate(np.empty, x.shape, dtype)
     kernels.convert(_read_only(MEMORY.allocate(np.ascontiguousarray, x).view(bits)), z)
     return z
 
 
 def _unstage(g: Any, out: Any) -> None:
     """Round some rows to where they go."""
-    bits = _BITS.get(out.dtype.name) if out.dtype.isnative else None
+    bits = _bits(out.dtype)
     if bits is None:
         out[...] = g
     elif out.flags.c_contiguous and out.flags.aligned:
@@ -154,7 +162,11 @@ class NumbaBackend(NumpyBackend):
             target.first_class,
             flags,
         )
-        as_it_is = _fits(logits, acc), _fits(target.probs, acc), _fits(out, acc)
+        form = acc  # of the logits and their gradient
+        if READS_HALVES and (bits := _bits(logits.dtype)) and (out is None or out.dtype == logits.dtype):
+            form = bits
+            logits, out = logits.view(form), None if out is None else out.view(form)
+        as_it_is = _fits(logits, form), _fits(target.probs, acc), _fits(out, form)
         room = kernels.sweep_room(C, acc.itemsize)
 
         def work(begin: int, end: int) -> None:
@@ -162,16 +174,16 @@ class NumbaBackend(NumpyBackend):
             step = max(1, end - begin) if all(as_it_is) else max(1, STAGED // max(C, 1))
             for a in range(begin, end, step):
                 b = min(a + step, end)
-                z = logits[a:b] if as_it_is[0] else _staged(logits[a:b], acc)
+                z = logits[a:b] if as_it_is[0] else _staged(logits[a:b], form)
                 q = _NO_PROBS[acc]
                 if target.probs is not None:
                     q = _read_only(target.probs[a:b] if as_it_is[1] else _staged(target.probs[a:b], acc))
                 if out is None:
-                    g = _NO_OUT[acc]
+                    g = _NO_OUT[form]
                 elif as_it_is[2]:
                     g = out[a:b]
                 else:
-                    g = MEMORY.allocate(np.empty, z.shape, acc) if as_it_is[0] else z
+                    g = MEMORY.allocate(np.empty, z.shape, form) if as_it_is[0] else z
                 kernels.sweep(_read_only(z), g, a, ids, q, *options, scratch(room, acc))
                 if not as_it_is[2]:
                     _unstage(g, out[a:b])

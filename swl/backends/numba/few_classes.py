@@ -36,13 +36,15 @@ FEW = 64
 """Classes up to which this is faster (docs/performance.md)."""
 
 MAXIMUM, SUM, EXPONENT, TARGET_MASS, Z_PULL, SCALE, LEAST, EXPS = range(8)
-"""What the room holds: a vector with a number for each row, and from `EXPS` on a vector for each class."""
+"""What the room holds: a vector with a number for each row, and from `EXPS` on two for each class: its exponentials, and the rows
+themselves where they are not of the lanes' dtype.
+"""
 
 
 @register_jitable
 def room_size(C: int, step: int) -> int:
     """Count what the room holds, in vectors of `step` numbers."""
-    return step * (EXPS + C)
+    return step * (EXPS + 2 * C)
 
 
 @njit(**INNER)

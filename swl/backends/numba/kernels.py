@@ -48,19 +48,19 @@ from swl.backends.numba.rows import room_size as row_room
 from swl.backends.numba.simd import (
     BYTES,
     address_in,
+    cut,
     fill_zero,
     first_lane,
     from_row,
+    in_lanes,
     item,
     lanes,
-    load,
-    load_tail,
+    move,
     part,
     read_only,
     row_of,
     scalar,
     set_item,
-    store,
     store_tail,
     whole,
 )
@@ -228,8 +228,12 @@ def _sweep_few(
     per_row = 1 if row_scale.size > 1 else 0
     for start in range(0, N, step):
         count = min(step, N - start)
+        memory = cut(from_row(logits, start), 0, count * C)
+        rows_here = cut(room, few.room_size(C, step) - C * step, C * step)
+        group = in_lanes(memory, rows_here, zero)
+        move(memory, group, zero)
         few.clear(room, low)
-        few.sums(from_row(logits, start), C, count, low, room)
+        few.sums(group, C, count, low, room)
         for i in range(count):
             n = first + start + i
             m = row_weight[n] if row_weight.size else one
@@ -237,7 +241,7 @@ def _sweep_few(
                 M, S = few.sum_up(room, low, i)
                 d, A, u_hit, hit = zero, zero, zero, ids[n] - first_class
                 if 0 <= hit < C:
-                    A, u_hit = m, logits[start + i, hit] - M
+                    A, u_hit = m, item(group, i * C + hit) - M
                     if m != 0:
                         d = m * u_hit
                 if ids[n] != IGNORED:
@@ -256,15 +260,18 @@ def _sweep_few(
                 set_item(room, Z_PULL * step + i, _z_pull(M, S, m, lam))
                 set_item(room, SCALE * step + i, row_scale[n * per_row])
         if flags & BACKWARD:
-            few.gradients(from_row(out, start), C, count, low, room)
+            memory = cut(from_row(out, start), 0, count * C)
+            group = in_lanes(memory, rows_here, zero)
+            few.gradients(group, C, count, low, room)
             for i in range(count):
                 n = first + start + i
                 column = ids[n] - first_class
                 if ids[n] == IGNORED:
-                    fill_zero(row_of(out, start + i))
+                    fill_zero(cut(group, i * C, C))
                 elif 0 <= column < C:
                     m = row_weight[n] if row_weight.size else one
-                    out[start + i, column] = few.target_gradient(room, low, i, column, m)
+                    set_item(group, i * C + column, few.target_gradient(room, low, i, column, m))
+            move(group, memory, zero)
 
 
 @_kernel
@@ -274,8 +281,9 @@ def sweep(
 ) -> None:  # fmt: skip
     """Run the operations that `flags` names over some rows, the one at `first` and those that follow it.
 
-    `logits`, `out` and `probs` hold just these rows, C-ordered and of the arithmetic's dtype; everything else is whole. `numbers`
-    are those that `NUMBERS` names; `room` is scratch of `sweep_room` numbers.
+    `logits`, `out` and `probs` hold just these rows, C-ordered; everything else is whole. `logits` and `out` are of one dtype of
+    memory (`swl.backends.numba.simd`), all else of the arithmetic's. `numbers` are those that `NUMBERS` names; `room` is scratch
+    of `sweep_room` numbers.
     """
     if logits.shape[1] <= FEW and ids.size and numbers[REST] == 0 and not bias.size and plain_logits(numbers):
         _sweep_few(
@@ -380,13 +388,5 @@ def plain_room(N: int, C: int, itemsize: int) -> int:
 @_kernel
 def convert(source: Any, target: Any) -> None:
     """Copy row by row between the arithmetic's dtype and memory's (`swl.backends.numba.simd`); both C-ordered, one float32."""
-    one = np.float32(1)
-    step = lanes(one)
-    C = source.shape[1]
-    full = C - C % step
     for n in range(source.shape[0]):
-        a, b = row_of(source, n), row_of(target, n)
-        for j in range(0, full, step):
-            store(b, j, load(a, j, one))
-        if full < C:
-            store_tail(b, full, C - full, load_tail(a, full, C - full, one))
+        move(row_of(source, n), row_of(target, n), np.float32(1))

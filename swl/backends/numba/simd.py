@@ -30,6 +30,7 @@ from numba.core import cgutils
 from numba.core.datamodel import register_default
 from numba.core.datamodel.models import PrimitiveModel, StructModel
 from numba.core.imputils import impl_ret_borrowed
+from numba.core.registry import cpu_target
 from numba.core.typing import signature
 from numba.extending import intrinsic, make_attribute_wrapper, overload
 
@@ -147,6 +148,19 @@ def part(typingctx: Any, array: Any, start: Any, size: Any) -> Any:
 
 
 @intrinsic
+def cut(typingctx: Any, row: Any, start: Any, size: Any) -> Any:
+    """View ``row[start : start + size]`` of a view."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        made = cgutils.create_struct_proxy(row)(context, builder)
+        made.data = _element(builder, *args[:2])
+        made.size = args[2]
+        return made._getvalue()
+
+    return signature(row, row, types.intp, types.intp), codegen
+
+
+@intrinsic
 def address_in(typingctx: Any, array: Any, index: Any) -> Any:
     """Point to ``array[index]`` of a one-dimensional array, for `numba.carray`: an array that nobody counts or frees."""
 
@@ -165,6 +179,37 @@ def whole(typingctx: Any, array: Any) -> Any:
         return _view(context, builder, array, args[0], _I64(0))
 
     return signature(Row(array.dtype), array), codegen
+
+
+def move(source: Any, target: Any, like: Any) -> None:
+    """Copy numbers from a view to one of the same size, converting them; nothing if both are of the dtype of `like`."""
+
+
+@overload(move)
+def _move(source, target, like):
+    if source.dtype == target.dtype == like:
+        return lambda source, target, like: None
+
+    def convert(source, target, like):
+        step = lanes(like)
+        full = source.size - source.size % step
+        for j in range(0, full, step):
+            store(target, j, load(source, j, like))
+        if full < source.size:
+            store_tail(target, full, source.size - full, load_tail(source, full, source.size - full, like))
+
+    return convert
+
+
+def in_lanes(row: Any, room: Any, like: Any) -> Any:
+    """View numbers of the lanes' dtype where they are; give a part of `room` for as many of another."""
+
+
+@overload(in_lanes)
+def _in_lanes(row, room, like):
+    if row.dtype == like:
+        return lambda row, room, like: row
+    return lambda row, room, like: cut(room, 0, row.size)
 
 
 def _vector_of(dtype: Any) -> Vector:
@@ -195,9 +240,19 @@ def _suffix(vector: ir.VectorType) -> str:
 
 
 def _has(context: Any, feature: str) -> bool:
-    """Return whether the processor compiled for has what only some of x86-64 have; all of 64-bit ARM do."""
-    triple, _, features = context.codegen().magic_tuple()
-    return triple.startswith(("aarch64", "arm64")) or f"+{feature}" in features.split(",")
+    """Return whether the processor compiled for is one of x86-64 with this extension."""
+    return f"+{feature}" in context.codegen().magic_tuple()[2].split(",")
+
+
+def _converts(context: Any) -> bool:
+    """Return whether half precision is converted by instructions, as on all 64-bit ARM; else LLVM calls what nobody links."""
+    return context.codegen().magic_tuple()[0].startswith(("aarch64", "arm64")) or _has(context, "f16c")
+
+
+def reads_halves() -> bool:
+    """Return whether kernels are to read and write 16-bit memory: where its numbers are converted a vector at a time."""
+    context = cpu_target.target_context
+    return _converts(context) and (_has(context, "avx2") or not _has(context, "sse2"))
 
 
 # ------------------------------------------------------------------------------------------- making vectors
@@ -291,7 +346,7 @@ def _to_lanes(context: Any, builder: Any, raw: Any, dtype: Any, vector: Vector) 
     if vector.lane != types.float32:
         raise NotImplementedError(f"load of {dtype} as {vector.lane}")
     if dtype == types.uint16:
-        if not _has(context, "f16c"):  # LLVM would call a function that nobody links
+        if not _converts(context):
             return _half_to_single(builder, raw, vector)
         return builder.fpext(builder.bitcast(raw, ir.VectorType(_HALF, vector.lanes)), vector.llvm)
     if dtype == types.int16:
@@ -307,7 +362,7 @@ def _from_lanes(context: Any, builder: Any, value: Any, dtype: Any, vector: Vect
     if vector.lane != types.float32:
         raise NotImplementedError(f"store of {vector.lane} to {dtype}")
     if dtype == types.uint16:
-        if not _has(context, "f16c"):
+        if not _converts(context):
             return _single_to_half(builder, value, vector)
         half = builder.fptrunc(value, ir.VectorType(_HALF, vector.lanes))
         return builder.bitcast(half, ir.VectorType(_I16, vector.lanes))
@@ -360,6 +415,13 @@ def _mask(builder: Any, count: Any, n: int) -> Any:
     return builder.icmp_signed("<", index, _splat(builder, builder.trunc(count, _I32), n))
 
 
+def _on_the_stack(context: Any, builder: Any, raw_type: Any, dtype: Any) -> Any:
+    """Make room for a vector of which only a part is moved, by `memcpy`; None where memory's type has masked moves of its own."""
+    if dtype.bitwidth > 16 or _has(context, "avx512bw"):
+        return None
+    return cgutils.alloca_once_value(builder, ir.Constant(raw_type, None))
+
+
 @intrinsic
 def load_tail(typingctx: Any, row: Any, start: Any, count: Any, fill: Any) -> Any:
     """Load ``row[start : start + count]``, ``0 < count < lanes``, and put `fill` into the other lanes."""
@@ -371,8 +433,12 @@ def load_tail(typingctx: Any, row: Any, start: Any, count: Any, fill: Any) -> An
         raw_type = ir.VectorType(_memory_type(context, row.dtype), vector.lanes)
         mask = _mask(builder, count, vector.lanes)
         pointer = builder.bitcast(_element(builder, array, start), raw_type.as_pointer())
-        name = f"llvm.masked.load.{_suffix(raw_type)}.p0"
-        raw = _call(builder, name, raw_type, [pointer, _I32(_align(row.dtype)), mask, ir.Constant(raw_type, None)])
+        if (copied := _on_the_stack(context, builder, raw_type, row.dtype)) is None:
+            name = f"llvm.masked.load.{_suffix(raw_type)}.p0"
+            raw = _call(builder, name, raw_type, [pointer, _I32(_align(row.dtype)), mask, ir.Constant(raw_type, None)])
+        else:
+            cgutils.raw_memcpy(builder, copied, pointer, count, _align(row.dtype))
+            raw = builder.load(copied)
         return builder.select(
             mask, _to_lanes(context, builder, raw, row.dtype, vector), _splat(builder, fill, vector.lanes)
         )
@@ -428,6 +494,10 @@ def store_tail(typingctx: Any, row: Any, start: Any, count: Any, value: Any) -> 
         array, start, count, lanes_ = args
         raw = _from_lanes(context, builder, lanes_, row.dtype, value)
         pointer = builder.bitcast(_element(builder, array, start), raw.type.as_pointer())
+        if (copied := _on_the_stack(context, builder, raw.type, row.dtype)) is not None:
+            builder.store(raw, copied)
+            cgutils.raw_memcpy(builder, pointer, copied, count, _align(row.dtype))
+            return context.get_dummy_value()
         mask = _mask(builder, count, value.lanes)
         name = f"llvm.masked.store.{_suffix(raw.type)}.p0"
         _call(builder, name, ir.VoidType(), [raw, pointer, _I32(_align(row.dtype)), mask])
