@@ -38,7 +38,7 @@ from swl.torch._loss import (
 )
 from swl.torch._options import ACC, as_arrays, autocast_dtype, checked, packed, unpacked
 
-__all__ = ["affine", "linear_cross_entropy"]
+__all__ = ["affine", "autocast_operands", "check_affine", "form_logits", "linear_cross_entropy", "matrix", "products"]
 
 
 # ------------------------------------------------------------------------------------------------ affine
@@ -71,8 +71,8 @@ def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tensor([11., 22.])
     """
     require_tensors("affine", input=input, weight=weight, bias=bias)
-    input, weight, bias = _autocast(input, weight, bias)
-    _check_affine(input, weight, bias, ("input", "weight", "bias"))
+    input, weight, bias = autocast_operands(input, weight, bias)
+    check_affine(input, weight, bias, ("input", "weight", "bias"))
     way = route(input, weight, bias)
     if way == "traced":
         return _affine_operation(input, weight, bias)
@@ -83,7 +83,7 @@ def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _affine(input, weight, bias)
 
 
-def _autocast(*given: Tensor | None) -> tuple[Any, ...]:
+def autocast_operands(*given: Tensor | None) -> tuple[Any, ...]:
     """Convert as torch converts the operands of a product under autocast."""
     dtype = autocast_dtype(next(t.device for t in given if t is not None))
     if dtype is None:
@@ -93,7 +93,7 @@ def _autocast(*given: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def _check_affine(input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]) -> None:
+def check_affine(input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]) -> None:
     x, w, b = names
     if weight.ndim != 2:
         raise ValueError(f"{w} must have shape (K, D), got {tuple(weight.shape)}")
@@ -264,8 +264,8 @@ def linear_cross_entropy(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, extra
         )
     dtype_before = input.dtype
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
-    _check_affine(input, linear_weight, linear_bias, ("input", "linear_weight", "linear_bias"))
+    input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
+    check_affine(input, linear_weight, linear_bias, ("input", "linear_weight", "linear_bias"))
     C, leading = linear_weight.shape[0], input.shape[:-1]
     probabilities = target.shape == (*leading, C)
     if probabilities and ignore_index is not None:
@@ -281,8 +281,8 @@ def linear_cross_entropy(
         if sample_weight.shape != leading:
             raise ValueError(f"sample_weight must have shape {tuple(leading)}, got {tuple(sample_weight.shape)}")
         given = given._replace(sample_weight=sample_weight.reshape(-1))
-    x = _matrix(input)
-    t = _matrix(target) if probabilities else target.reshape(-1)
+    x = matrix(input)
+    t = matrix(target) if probabilities else target.reshape(-1)
     check(x.new_empty(()).expand(x.shape[0], C), t, given)
     dtype = torch.promote_types(input.dtype, target.dtype) if probabilities else input.dtype
     if autocast_dtype(input.device) is not None and dtype_before is not torch.float64:
@@ -293,7 +293,7 @@ def linear_cross_entropy(
     way = route(x, linear_weight, t, linear_bias, *given.arrays().values())
     if way == "transformed":
         check_values(t, C, ACC[x.dtype], given, probabilities)
-        loss = composed(_logits(x, linear_weight, linear_bias), t, given, probabilities).to(dtype)
+        loss = composed(form_logits(x, linear_weight, linear_bias), t, given, probabilities).to(dtype)
     elif way == "traced":
         loss = _operation(x, linear_weight, t, linear_bias, *packed(given), memory_budget, dtype)[0]
     elif torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, linear_weight, t, linear_bias)):
@@ -338,12 +338,12 @@ def _positions(
     )
 
 
-def _matrix(x: Tensor) -> Tensor:
+def matrix(x: Tensor) -> Tensor:
     """See ``(..., D)`` as ``(rows, D)``."""
     return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
 
 
-def _logits(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+def form_logits(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """Form all logits, in the arithmetic's dtype and torch's own operations."""
     acc = torch.float64 if x.dtype is torch.float64 else torch.float32
     with nullcontext() if autocast_dtype(x.device) is None else torch.autocast(x.device.type, enabled=False):
@@ -420,7 +420,7 @@ def _target_gradient(
     with torch.no_grad():
         row_max, log_sum = head.bridge.tensor(rows.row_max), head.bridge.tensor(rows.log_sum)
         scale = head.row_scale(grad_output)
-        return target_gradient(_logits(x, W, b), target, row_max, log_sum, scale, options).to(target.dtype)
+        return target_gradient(form_logits(x, W, b), target, row_max, log_sum, scale, options).to(target.dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -473,7 +473,7 @@ def _composed_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     again = torch.is_grad_enabled()
     x, W, target, bias = saved = ctx.saved_tensors
     with torch.enable_grad():
-        logits = _logits(x, W, bias)
+        logits = form_logits(x, W, bias)
         loss = composed(logits, target, ctx.others[0], target.shape == logits.shape)
     needs = ctx.needs_input_grad[:4]
     wanted = [t for t, needed in zip(saved, needs, strict=True) if needed]
@@ -561,26 +561,26 @@ _operation.register_autograd(_backward, setup_context=_setup_context)
 # ------------------------------------------------------------------------------------------------ what counters of work see
 
 
-def _products(x: Any, weight: Any, count: int) -> int:
+def products(x: Any, weight: Any, count: int) -> int:
     """Count the operations of so many products of (..., D) with (K, D)."""
     return int(2 * math.prod(x[:-1]) * math.prod(weight) * count)
 
 
 @register_flop_formula(torch.ops.swl.affine)
 def _(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return _products(x, weight, 1)
+    return products(x, weight, 1)
 
 
 @register_flop_formula(torch.ops.swl.affine_backward)
 def _(grad_output: Any, x: Any, weight: Any, needs: Any, **_: Any) -> int:
-    return _products(x, weight, sum(needs[:2]))
+    return products(x, weight, sum(needs[:2]))
 
 
 @register_flop_formula(torch.ops.swl.linear_cross_entropy)
 def _(x: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return _products(x, weight, 1)
+    return products(x, weight, 1)
 
 
 @register_flop_formula(torch.ops.swl.linear_cross_entropy_backward)
 def _(grad_output: Any, x: Any, weight: Any, target: Any, bias: Any, kept: Any, needs: Any, *_: Any, **__: Any) -> int:
-    return _products(x, weight, 1 + sum(needs[:2]))  # the logits are formed once more
+    return products(x, weight, 1 + sum(needs[:2]))  # the logits are formed once more
