@@ -18,6 +18,8 @@ from swl.functional import (
     cross_entropy_value_and_grad,
     linear_cross_entropy,
     linear_cross_entropy_value_and_grad,
+    linear_kl,
+    linear_kl_value_and_grad,
     linear_log_prob,
     linear_log_prob_value_and_grad,
 )
@@ -97,6 +99,8 @@ __all__ = [
     "info",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",
+    "linear_kl",
+    "linear_kl_value_and_grad",
     "linear_log_prob",
     "linear_log_prob_value_and_grad",
     "memory_use",

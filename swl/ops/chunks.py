@@ -32,7 +32,7 @@ from swl.ops.loss import Problem
 from swl.ops.rows import combine, plain_mass
 from swl.ops.targets import ChunkedProbabilities
 
-__all__ = ["DEFAULT_BUDGET", "Plan", "Swept", "plan", "sweep"]
+__all__ = ["DEFAULT_BUDGET", "Plan", "Swept", "plan", "require_budget", "sweep"]
 
 DEFAULT_BUDGET = 256 * 2**20
 """Bytes of working memory when the caller names none (docs/performance.md, "The fused head")."""
@@ -143,10 +143,7 @@ def plan(
     """
     for name, size in (("N", N), ("D", D), ("C", C)):
         require_integer(name, size, 0)
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int | np.integer):
-        raise TypeError(f"memory_budget must be a number of bytes, an integer, got {memory_budget!r}")
-    if memory_budget <= 0:
-        raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
+    require_budget(memory_budget)
     needs = check_needs(needs)
     dtype = float_dtype("dtype", dtype)
     stored, itemsize = dtype.itemsize, acc_dtype(dtype).itemsize
@@ -175,6 +172,14 @@ def plan(
     rows = max(1, min(N, 4 * MIN_ROWS, room // (4 * max(D, 1))))
     fixed = (2 * D * tile if rows < N else 0) + across * rows * D
     return cut(rows, _even(C, max(1, min(C, (room - fixed) // rows))))
+
+
+def require_budget(memory_budget: Any) -> None:
+    """Check a ``memory_budget=`` argument."""
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int | np.integer):
+        raise TypeError(f"memory_budget must be a number of bytes, an integer, got {memory_budget!r}")
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget must be above 0 bytes, got {memory_budget}")
 
 
 def _even(total: int, most: int) -> int:

@@ -19,7 +19,7 @@ from swl.ops.chunks import DEFAULT_BUDGET
 from swl.ops.linear_cross_entropy import ALL, Formed
 from swl.ops.linear_cross_entropy import check as check_linear
 from swl.ops.loss import Problem
-from swl.ops.rows import final_logits
+from swl.ops.rows import final_logits, plus_bias
 from swl.options import Options
 
 __all__ = ["gradients", "head", "linear_log_prob", "linear_log_prob_value_and_grad", "values"]
@@ -209,7 +209,9 @@ class _LogProb:
         def some(i: int, j: int) -> None:
             here = slice(i, j)
             with np.errstate(all="ignore"):
-                log_p = log_softmax(xp, logits[here], target, rows.cut(i, j))
+                log_p = final_logits(xp, plus_bias(logits[here], target), target)
+                log_p -= rows.row_max[here, None]
+                log_p -= rows.log_sum[here, None]
                 p = xp.exp(log_p)
                 g = xp.maximum(log_p, lowest, out=log_p)  # 0·log 0 is 0
                 g += rows.entropy[here, None]
@@ -222,12 +224,3 @@ class _LogProb:
                 out[here] = g
 
         self.backend.by_rows(some, N, C)
-
-
-def log_softmax(xp: Any, logits: Any, target: Target, rows: Rows) -> Any:
-    """Compute log p, a new array."""
-    z = logits.copy() if target.bias is None else logits + target.bias
-    z = final_logits(xp, z, target)
-    z -= rows.row_max[:, None]
-    z -= rows.log_sum[:, None]
-    return z

@@ -17,7 +17,7 @@ import numpy as np
 from swl.backends import Rows
 from swl.backends.protocol import IGNORED, INVALID, Target, joined
 
-__all__ = ["combine", "final_logits", "plain_mass", "row_loss"]
+__all__ = ["combine", "final_logits", "log_softmax", "plain_mass", "plus_bias", "row_loss"]
 
 
 def row_loss(xp: Any, rows: Rows, target: Target) -> Any:
@@ -110,6 +110,18 @@ def _sum(terms: list[Any]) -> Any:
 def _times(xp: Any, mass: Any, value: Any) -> Any:
     """mass·value, and 0 without mass, at −inf too."""
     return xp.where(mass == 0, value.dtype.type(0), mass * value)
+
+
+def plus_bias(logits: Any, target: Target) -> Any:
+    """Add the bias, in a new array."""
+    return logits.copy() if target.bias is None else logits + target.bias
+
+
+def log_softmax(xp: Any, z: Any) -> Any:
+    """Compute log p = (z − M) − S in a new array."""
+    log_p = z - z.max(axis=1, keepdims=True)
+    log_p -= xp.log(xp.exp(log_p).sum(axis=1, keepdims=True, dtype=np.float64)).astype(z.dtype)
+    return log_p
 
 
 def final_logits(xp: Any, z: Any, target: Target) -> Any:
