@@ -8,7 +8,7 @@ import numpy as np
 
 from swl.backends import active, available_backends, get, loaded, set_backend, use_backend
 from swl.backends.host.memory import empty_cache, memory_use
-from swl.backends.host.threads import set_num_threads
+from swl.backends.host.threads import get_num_threads, set_num_threads
 from swl.errors import BackendUnavailable
 from swl.functional import (
     RowStats,
@@ -96,6 +96,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_value_and_grad",
     "empty_cache",
+    "get_num_threads",
     "info",
     "linear_cross_entropy",
     "linear_cross_entropy_value_and_grad",

@@ -87,7 +87,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> Iterator[N
 
 # ------------------------------------------------------------------------------------------------ skips
 
-_skipped: list[str] = []
+_skipped: dict[str, None] = {}  # in the order in which they came
 
 
 def _look_at_skip(report: Any, config: pytest.Config) -> None:
@@ -97,7 +97,7 @@ def _look_at_skip(report: Any, config: pytest.Config) -> None:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     reason = reason.removeprefix("Skipped: ")
     if not reason.startswith(MACHINE):
-        _skipped.append(report.nodeid)
+        _skipped[report.nodeid] = None
     peers = config.getoption("require_peers")
     if (IN_CI or peers) and not reason.startswith(MACHINE if peers else REASONS):
         report.outcome = "failed"
@@ -118,6 +118,15 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     return report
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a process of pytest-xdist has noted."""
+    _skipped.update(dict.fromkeys(getattr(node, "workeroutput", {}).get("skipped", ())))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["skipped"] = list(_skipped)
+        return
     if session.config.getoption("skipped_to"):
         session.config.getoption("skipped_to").write_text("".join(f"{node}\n" for node in _skipped), encoding="utf-8")

@@ -135,7 +135,8 @@ def check_backend(options: argparse.Namespace) -> str:
     try:
         name = getattr(options, "backend", None) or active()
         get(name)
-    except ValueError as error:  # no backend of that name
+        swl.get_num_threads()
+    except ValueError as error:  # no backend of that name, no number of threads
         raise Refused(str(error)) from None
     return name
 

@@ -16,15 +16,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 
-__all__ = ["POOL", "set_num_threads"]
+from swl.backends.host.limits import default_threads
+
+__all__ = ["POOL", "get_num_threads", "set_num_threads"]
 
 PIECES = 8
 """Ranges for each thread, at most: who wakes up late, or shares a processor, takes fewer of them."""
-
-
-def _available() -> int:
-    """Count the processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Job:
@@ -146,14 +143,24 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self._crew = _Crew(_available())
-        self._crews = {self._crew}  # and those still to be dismissed
+        self._current: dict[None, _Crew] = {}  # one, from the first use on
+        self._crews: set[_Crew] = set()  # it, and those still to be dismissed
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)  # the threads stayed with the parent
 
     def _forget(self) -> None:
-        self._crew = _Crew(self.threads)
-        self._crews = {self._crew}
+        size, self._current = self._current and self.threads, {}
+        self._crews = set()
+        if size:
+            self.resize(size)
+
+    @property
+    def _crew(self) -> _Crew:
+        crew = self._current.get(None)
+        if crew is None:  # of several threads that come first, one has its way
+            crew = self._current.setdefault(None, _Crew(default_threads().number))
+            self._crews.add(crew)
+        return crew
 
     @property
     def threads(self) -> int:
@@ -167,7 +174,7 @@ class Pool:
     def resize(self, threads: int) -> None:
         """Use this many threads from now on."""
         crew = _Crew(threads)
-        self._crew = crew
+        self._current[None] = crew
         self._crews.add(crew)
         for crew in self._crews.copy():
             if crew is not self._crew:  # it may be ours, where another thread or a signal handler came after us
@@ -211,14 +218,16 @@ POOL = Pool()
 
 
 def set_num_threads(n: int | None = None) -> None:
-    """Set the number of threads that the Numba backend uses; None for all processors this process may run on.
+    """Set the number of threads that the Numba backend uses; None for what the process starts with.
 
-    Results are the same, to the last bit, for any number.
+    That is ``SWL_NUM_THREADS`` where the environment has it, or else the least of: the processors this process may run on, the
+    CPU quota of its control groups, ``OMP_NUM_THREADS``, ``NUMBA_NUM_THREADS`` and ``OPENBLAS_NUM_THREADS``. Results are the same,
+    to the last bit, for any number.
 
     Raises
     ------
     TypeError, ValueError
-        If `n` is not a positive integer.
+        If `n` is not a positive integer; for None, if ``SWL_NUM_THREADS`` is not.
 
     Examples
     --------
@@ -227,9 +236,14 @@ def set_num_threads(n: int | None = None) -> None:
     >>> swl.set_num_threads()
     """
     if n is None:
-        n = _available()
+        n = default_threads().number
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n must be an integer above 0 or None, got {n!r}")
     if n < 1:
         raise ValueError(f"n must be above 0, got {n}")
     POOL.resize(n)
+
+
+def get_num_threads() -> int:
+    """Return the number of threads that the Numba backend uses, the caller's own among them."""
+    return POOL.threads

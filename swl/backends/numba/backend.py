@@ -9,6 +9,7 @@ import numba
 import numpy as np
 
 from swl.backends import Backend, Rows
+from swl.backends.host.limits import default_threads
 from swl.backends.host.memory import MEMORY
 from swl.backends.host.threads import POOL
 from swl.backends.numba import gemm as _gemm
@@ -55,6 +56,15 @@ _BITS = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}  # as i
 _NO_OUT = {dtype: np.empty((0, 0), dtype) for dtype in (_F32, _F64, *_BITS.values())}
 READS_HALVES = reads_halves()
 """Whether rows of 16-bit numbers go to the kernels as they are; else they are copied to float32 some at a time."""
+
+
+def _threads() -> str:
+    """Say how many there are, and why."""
+    try:
+        default = default_threads()
+    except ValueError as error:
+        return str(error)
+    return f"{POOL.threads} ({default.source if default.number == POOL.threads else 'set_num_threads'})"
 
 
 def _read_only(x: Any) -> Any:
@@ -243,4 +253,4 @@ class NumbaBackend(NumpyBackend):
 
     def info(self) -> dict[str, str]:
         large = "compiled" if _gemm.USABLE else "by BLAS, for want of AVX-512"
-        return {"numba": numba.__version__, "threads": str(POOL.threads), "large products": large}
+        return {"numba": numba.__version__, "threads": _threads(), "large products": large}
