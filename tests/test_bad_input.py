@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import FLOATS
 
 import swl
 from swl.distributed import Checkpoints
@@ -595,3 +596,37 @@ def test_affine_backward_names_argument_what_came_and_what_is_legal(backend: Any
         swl.affine_backward(backend.array(np.ones((2, 5), np.int64)), x, W)
     with pytest.raises(ValueError, match=r"needs.*'dw'"):
         swl.affine_backward(backend.array(np.ones((2, 5))), x, W, needs=("dw",))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_underflows_is_no_error_of_the_callers_errstate(host_backend: Any, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, W, t = (
+        (20 * rng.standard_normal((6, 4))).astype(dtype),
+        (9 * rng.standard_normal((4, 9))).astype(dtype),
+        np.arange(6),
+    )
+    dense, loss, sigmoid, fused = (
+        swl.Affine(W.copy()),
+        swl.SoftmaxWithLoss(),
+        swl.Sigmoid(),
+        swl.AffineSoftmaxWithLoss(W),
+    )
+    z = swl.affine(x, W)
+    for _ in range(2):
+        with np.errstate(under="raise"):
+            loss.forward(dense.forward(x), t)
+            dense.backward(loss.backward(1e-4))
+            sigmoid.backward(sigmoid.forward(z))
+            fused.forward(x, t)
+            fused.backward()
+            assert loss.y.shape == z.shape == swl.softmax(z).shape
+            for options in ({}, {"z_loss": 0.1}, {"softcap": 3.0}, {"temperature": 0.2}, {"weight": np.full(9, 1e-20)}):
+                swl.cross_entropy_value_and_grad(z, t, stats=True, **options)
+                swl.cross_entropy_value_and_grad(z, rng.dirichlet(np.ones(9), 6), **options)
+                swl.linear_cross_entropy_value_and_grad(x, W, t, memory_budget=300, **options)
+            swl.linear_log_prob_value_and_grad(x, W, t, dentropy=1e-3)
+            swl.linear_kl_value_and_grad(x, W, x, -W, direction="jsd")
+            for optimiser in (swl.SGD(momentum=0.9, weight_decay=1e-3), swl.AdamW()):
+                for _ in range(3):
+                    optimiser.update([W.copy()], [dense.dW])

@@ -1,6 +1,6 @@
 """The backends: the protocol that each has (`protocol`), which one runs (`registry`), and one module or package for each."""
 
-from swl.backends.protocol import IGNORED, INVALID, NOTHING, Backend, Rows, Target
+from swl.backends.protocol import IGNORED, INVALID, Backend, Rows, Target
 from swl.backends.registry import (
     BackendInfo,
     active,
@@ -19,7 +19,6 @@ from swl.backends.registry import (
 __all__ = [
     "IGNORED",
     "INVALID",
-    "NOTHING",
     "Backend",
     "BackendInfo",
     "Rows",

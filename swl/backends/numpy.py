@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from swl.backends import NOTHING, Backend, Rows
-from swl.backends.protocol import IGNORED, Target
+from swl.backends import Backend, Rows
+from swl.backends.protocol import IGNORED, Target, host_scope
 
 
 def load() -> Backend:
@@ -38,7 +38,7 @@ class NumpyBackend:
     def scope(self, stream: Any = None, /, **arrays: Any) -> AbstractContextManager[object]:
         if stream is not None:
             raise TypeError(f"stream is for arrays on a device, but this call is the host's (backend {self.name!r})")
-        return NOTHING
+        return host_scope()
 
     def owns(self, x: Any) -> bool:
         return type(x) is np.ndarray

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-__all__ = ["IGNORED", "INVALID", "NOTHING", "TF32", "Backend", "Rows", "Target", "joined"]
+__all__ = ["IGNORED", "INVALID", "TF32", "Backend", "Rows", "Target", "host_scope", "joined"]
 
 IGNORED = -1
 """In `Target.ids`: the row does not count."""
@@ -210,15 +210,6 @@ TF32: ContextVar[bool | None] = ContextVar("swl_tf32", default=None)
 """Whether a device may multiply float32 with TF32's 10 bits behind the point; None: as its array library does."""
 
 
-class _Nothing:
-    """Do nothing in a ``with`` block, at half of what `contextlib.nullcontext` costs.
-
-    ``"".format`` runs in C, takes whatever ``with`` gives it, and returns ``""``, which lets an exception pass.
-    """
-
-    __slots__ = ()
-    __enter__ = __exit__ = "".format
-
-
-NOTHING = cast("AbstractContextManager[object]", _Nothing())
-"""The `Backend.scope` of a host."""
+def host_scope() -> AbstractContextManager[object]:
+    """Give the `Backend.scope` of a host: what underflows is 0, and no error, whatever `numpy.errstate` the caller has set."""
+    return np.errstate(under="ignore")

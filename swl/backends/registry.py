@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from swl.backends.protocol import NOTHING, Backend
+from swl.backends.protocol import Backend, host_scope
 from swl.errors import BackendUnavailable
 
 __all__ = [
@@ -69,7 +69,7 @@ class BackendInfo(NamedTuple):
 def scope(**arrays: Any) -> AbstractContextManager[object]:
     """Enter the `Backend.scope` of arrays of whatever backend; the first one decides which."""
     first = next(iter(arrays.values()))
-    return NOTHING if type(first) is np.ndarray else resolve(None, {"array": first}).scope(**arrays)
+    return host_scope() if type(first) is np.ndarray else resolve(None, {"array": first}).scope(**arrays)
 
 
 def _discover() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from swl.backends import NOTHING, resolve
+from swl.backends import resolve
 from swl.nn.base import Layer
 from swl.ops import checks
 
@@ -30,7 +30,7 @@ class ReLU(Layer):
         backend = resolve(None, {"x": x})
         with backend.scope(x=x):
             x = checks.float_array(backend, "x", x)
-            with np.errstate(invalid="ignore") if x.dtype.kind == "V" else NOTHING:  # NumPy's bfloat16 warns of NaN
+            with np.errstate(invalid="ignore"):  # NumPy's bfloat16 warns of NaN
                 return backend.xp.maximum(x, x.dtype.type(0)), (backend, x.dtype, x <= 0)
 
     def backward(self, dout: Any) -> Any:
