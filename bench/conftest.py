@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import pytest
+from pytest_benchmark.logger import PytestBenchmarkWarning
 
+import swl
+from swl.backends import active, get
 from swl.bench import CASES, Case, measure, table
 from swl.bench.timing import median
 
@@ -16,6 +20,17 @@ DONE: list[tuple[Case, dict[str, list[float]]]] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=3, help="blocks of each contender")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark compares
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        get(active())
+    except (ValueError, swl.BackendUnavailable) as error:
+        raise pytest.UsageError(str(error)) from None
+    # that the saved run was another machine's is worth a line, not an end
+    warnings.simplefilter("default", PytestBenchmarkWarning)
+    config.addinivalue_line("filterwarnings", "default::pytest_benchmark.logger.PytestBenchmarkWarning")
 
 
 @lru_cache(maxsize=1)
@@ -54,10 +69,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(table(DONE))
 
 
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
-    """Leave out what names the computer, and what a comparison does not need."""
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Leave out what names the computer, of this run and of a comparison alike."""
     for name in ("node", "release"):
-        output_json["machine_info"].pop(name, None)
+        machine_info.pop(name, None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Leave out what a comparison does not need."""
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
         benchmark["options"] = {}

@@ -160,6 +160,30 @@ def test_pytest_saves_rows_that_can_be_compared(tmp_path: Path) -> None:
     assert "worse " in worse.stdout
 
 
+def test_pytest_compares_with_a_run_of_another_machine(tmp_path: Path) -> None:
+    node = f"{ROOT}/bench/bench_swl.py::test_contender[small: 1 x 10, float32, forward + backward | swl]"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", f"{ROOT}/pyproject.toml", node]
+    command += ["--rounds", "1", f"--benchmark-storage={tmp_path}"]
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "PYTEST_ADDOPTS": "", **environment}
+        return subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        )
+
+    assert run("--benchmark-save=before").returncode == 0
+    (saved,) = tmp_path.rglob("*before.json")
+    other = json.loads(saved.read_text())
+    other["machine_info"]["cpu"] = {"brand_raw": "another"}
+    saved.write_text(json.dumps(other))
+    compared = run("--benchmark-compare")
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    assert "(0001_before)" in compared.stdout
+    refused = run(SWL_BACKEND="abacus")
+    assert refused.returncode == 4
+    assert "SWL_BACKEND is 'abacus'" in refused.stderr
+
+
 def test_the_inner_loops_are_vectors_without_calls() -> None:
     """Read from the assembly; the exponential, a polynomial, shows in the multiply-adds."""
     command = [sys.executable, "bench/assembly.py"]
