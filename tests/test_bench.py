@@ -21,6 +21,8 @@ from swl.bench.cases import logits_case
 from swl.cli import main
 
 ROOT = Path(__file__).parent.parent
+APART = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+"""The environment of a run of pytest that is none of this one's."""
 
 TINY = [
     *(logits_case("losses", 8, 13, dtype) for dtype in ("float32", "float64", "float16", "bfloat16")),
@@ -133,7 +135,7 @@ def test_pytest_saves_rows_that_can_be_compared(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, "--rounds", "1", f"--benchmark-json={saved}"],
         cwd=ROOT,
-        env={**os.environ, "PYTEST_ADDOPTS": ""},  # the options of this run are not that run's
+        env=APART,
         capture_output=True,
         text=True,
         check=False,
@@ -166,9 +168,8 @@ def test_pytest_compares_with_a_run_of_another_machine(tmp_path: Path) -> None:
     command += ["--rounds", "1", f"--benchmark-storage={tmp_path}"]
 
     def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "PYTEST_ADDOPTS": "", **environment}
         return subprocess.run(
-            [*command, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+            [*command, *arguments], cwd=tmp_path, env=APART | environment, capture_output=True, text=True, check=False
         )
 
     assert run("--benchmark-save=before").returncode == 0
