@@ -291,7 +291,7 @@ def half_weights(n):
     return lambda: product(x, W, out)
 
 def unaligned(n):
-    x = np.ones(32_000 * n + 1, np.uint8)[1:].view(np.float32).reshape(-1, 2000)
+    x = np.ones(8_000 * n + 1, np.uint8)[1:].view(np.float32).reshape(-1, 2000)
     W, out = np.ones((2000, 1000), np.float32), np.empty((len(x), 1000), np.float32)
     return lambda: product(x, W, out)
 

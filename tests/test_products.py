@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import swl
+from swl.backends.host.blas import control, one_thread_each
 from swl.backends.host.threads import POOL
 from swl.backends.numba import gemm as _gemm
 from swl.backends.numba import products as _products
@@ -226,3 +227,30 @@ def test_large_affine_maps_as_they_are(dtype: Any, transposed: bool, monkeypatch
     assert (np.abs(dW - wide[0].T @ wide[3]) <= bound(x.T, dout, 602)).all()
     np.testing.assert_allclose(db, wide[3].sum(axis=0), rtol=1e-4, atol=1e-3)
     assert bool(calls) == _gemm.USABLE
+
+
+@pytest.mark.parametrize("shape", [(2048, 33, 1030), (100, 784, 50), (70, 1000, 300), (512, 512, 512)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16], ids=lambda dtype: np.dtype(dtype).name)
+def test_bits_do_not_depend_on_what_holds_blas(host_backend: Any, shape: tuple[int, int, int], dtype: Any) -> None:
+    """A large product in another thread holds BLAS to one thread each, and the user may set any number."""
+    blas = control()
+    if blas is None:
+        pytest.skip("needs NumPy's own OpenBLAS")
+    m, n, k = shape
+    rng = np.random.default_rng(0)
+    x, W, dout = (rng.standard_normal(s).astype(dtype) for s in ((m, k), (k, n), (m, n)))
+
+    def results() -> list[bytes]:
+        return [a.tobytes() for a in (swl.affine(x, W), *swl.affine_backward(dout, x, W))]
+
+    before = blas.get()
+    try:
+        blas.set(4)
+        alone = results()
+        with one_thread_each(1):
+            held = results()
+        blas.set(2)
+        assert alone == held == results()
+        assert blas.get() == 2
+    finally:
+        blas.set(before)

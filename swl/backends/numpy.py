@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from swl.backends import Backend, Rows
+from swl.backends.host.blas import matmul
 from swl.backends.protocol import IGNORED, Target, host_scope
 
 
@@ -51,7 +52,7 @@ class NumpyBackend:
 
     @_quiet
     def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
-        y = np.matmul(acc(x), acc(W))
+        y = matmul(acc(x), acc(W))
         out[...] = y if b is None else y + acc(b)
 
     @_quiet
@@ -60,13 +61,13 @@ class NumpyBackend:
     ) -> None:
         dout = acc(dout)
         if dx is not None:
-            product = np.matmul(dout, acc(W).T)
+            product = matmul(dout, acc(W).T)
             dx[...] = dx + product if accumulate else product
         if dW is not None:
             if not accumulate:
-                dW[...] = np.matmul(acc(x).T, dout)
+                dW[...] = matmul(acc(x).T, dout)
             for c in range(0, dW.shape[1] if accumulate else 0, max(1, accumulate)):
-                dW[:, c : c + accumulate] += np.matmul(acc(x).T, dout[:, c : c + accumulate])
+                dW[:, c : c + accumulate] += matmul(acc(x).T, dout[:, c : c + accumulate])
         if db is not None:
             sums = dout.sum(axis=0)
             db[...] = db + sums if accumulate else sums

@@ -9,12 +9,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from swl.backends.host.memory import MEMORY
 
-__all__ = ["control", "one_thread_each"]
+__all__ = ["THREADED", "control", "matmul", "one_thread_each"]
+
+THREADED = 1 << 18
+"""Multiply-adds from which OpenBLAS shares a product among threads of its own. The bits depend on how many they are, and any thread
+may change that for all.
+"""
 
 BUFFER = 33 << 20
 """Bytes, about, that OpenBLAS takes and keeps for each thread that is in it; where it gets none it ends the process."""
@@ -72,6 +78,14 @@ def one_thread_each(threads: int) -> Iterator[None]:
             _leave(blas, me)
         finally:
             _leave(blas, me)  # an interrupt may have cut the first short
+
+
+def matmul(a: Any, b: Any, out: Any = None) -> Any:
+    """Multiply two matrices as `numpy.matmul`, but to the same bits whatever other threads do: on the calling thread alone."""
+    if a.shape[0] * a.shape[1] * b.shape[1] < THREADED:
+        return np.matmul(a, b, out=out)
+    with one_thread_each(1):
+        return np.matmul(a, b, out=out)
 
 
 def _make_room(threads: int) -> None:

@@ -3,7 +3,7 @@
 NumPy's OpenBLAS has threads of its own, which go on spinning for milliseconds after a product and then fight with long
 kernels that follow. So a large product is cut into tiles, the tiles are shared out to the pool, and each is multiplied on one
 thread: by the compiled kernel where the processor is of the kind it is written for, else by BLAS. The bits do not depend on the
-number of threads. A small product is left to BLAS as it is.
+number of threads, nor on what other threads do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from swl.backends.host.blas import one_thread_each
+from swl.backends.host.blas import matmul, one_thread_each
 from swl.backends.host.memory import MEMORY
 from swl.backends.host.threads import PIECES, POOL
 from swl.backends.numba import gemm as _gemm
@@ -30,6 +30,8 @@ LARGE, WIDE, ADDED = 500_000_000, 2_000_000, 100_000
 """Multiply-adds, or numbers of the result, from which a product is shared out to the pool; fewer numbers where it is added to
 what is there, which BLAS's own threads would not help with (docs/performance.md).
 """
+SHARED, NARROW = 30_000_000, 128
+"""Multiply-adds from which a product by BLAS is shared out, and rows or columns of its narrowest tile below `LARGE`."""
 AREA, LEAST = 1 << 21, 32
 """Numbers of a part by the compiled kernel, about, and rows and steps along the inner axis from which it is used."""
 LANES = VECTORS * LINE // 4
@@ -47,8 +49,9 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
     k = a.shape[1]
     same = k > 0 and a.dtype == b.dtype == out.dtype and out.dtype in _ACC
     large = m * n * k >= LARGE or m * n >= (ADDED if add else WIDE)
-    if same and not add and not large:
-        np.matmul(a, b, out=out)
+    shared = large or m * n * k >= SHARED
+    if same and not add and not shared:
+        matmul(a, b, out)
         if bias is not None:
             out += bias
         return
@@ -63,10 +66,13 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
         high, wide = ROWS, LANES
     else:
         high = wide = 1
-        parts = -(-n // add) if add else 1 << (min(TILES, max(1, max(m, n) // NARROWEST)).bit_length() - 1)
+        narrowest = NARROWEST if large else NARROW
+        parts = -(-n // add) if add else 1 << (min(TILES, max(1, max(m, n) // narrowest)).bit_length() - 1)
         rows, columns = (1, parts) if n >= m or add else (parts, 1)  # a power of two shares out evenly
         # a 16-bit operand that all tiles share is converted once, the other one tile by tile
         a, b = (MEMORY.allocate(acc, a), b) if rows == 1 else (a, MEMORY.allocate(acc, b))
+
+    multiply = np.matmul if shared else matmul  # the threads that share it are held to one each below
 
     def tile(i: int, j: int) -> None:
         across, down = _part(m, rows, i, high), _part(n, columns, j, wide)
@@ -77,7 +83,7 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
             left, right = (new(x.astype, y.dtype, copy=False) for x in (left, right))
             gemm(left, right, y, add=in_place and add > 0)
         else:
-            np.matmul(left, right, out=y)
+            multiply(left, right, y)
         if bias is not None:
             y += bias[down]
         if in_place:
@@ -93,7 +99,7 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
         for index in range(begin, end):
             tile(*divmod(index, columns))
 
-    if not large:
+    if not shared:
         tiles(0, rows * columns)
         return
     with nullcontext() if compiled else one_thread_each(POOL.threads):
