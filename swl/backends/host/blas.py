@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -92,8 +93,16 @@ def _make_room(threads: int) -> None:
     """See that there is memory for OpenBLAS's buffers: here its lack is a MemoryError, after the pool has let go of its own."""
     global _served
     if threads > _served:
-        MEMORY.allocate(np.empty, (threads - _served) * BUFFER, np.uint8)
+        MEMORY.allocate(_map, (threads - _served) * BUFFER)
         _served = threads
+
+
+def _map(size: int) -> None:
+    """Take memory from the system as OpenBLAS does, not from what the C library has at hand, and give it back."""
+    try:
+        mmap.mmap(-1, size).close()
+    except OSError as error:
+        raise MemoryError(f"Unable to allocate {size >> 20} MiB for the threads of BLAS") from error
 
 
 def _leave(blas: _Control, me: object) -> None:
