@@ -20,8 +20,9 @@ import pytest
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
-TORCH, JAX, MPI, CUPY, COMPILER, ROOT, GPU = REASONS = (
+TORCH, CLIENTS, JAX, MPI, CUPY, COMPILER, ROOT, GPU = REASONS = (
     "needs torch",
+    "needs transformers",
     "needs JAX",
     "needs MPI",
     "needs CuPy",
@@ -34,6 +35,7 @@ MACHINE = ROOT, GPU
 
 FILES = {
     TORCH: ["tests/test_torch*.py", "swl/torch/*.py", "docs/torch.md"],
+    CLIENTS: ["tests/test_torch_huggingface.py", "tests/test_torch_clients.py", "docs/torch.md"],
     JAX: ["tests/test_jax.py", "swl/jax.py", "docs/torch.md"],
     MPI: [
         "tests/test_distributed.py",
@@ -44,6 +46,7 @@ FILES = {
 
 MISSING = {
     TORCH: find_spec("torch") is None,
+    CLIENTS: not all(map(find_spec, ("transformers", "peft", "lightning", "skorch"))),
     JAX: find_spec("jax") is None,
     MPI: find_spec("mpi4py") is None or MPIEXEC is None,
 }

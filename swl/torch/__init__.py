@@ -5,6 +5,7 @@ CPU tensors run on the active host backend, CUDA tensors on the CuPy backend, on
 
 from swl.torch._bridge import share_memory_pool
 from swl.torch._cross_entropy import cross_entropy
+from swl.torch._huggingface import apply_to
 from swl.torch._kl import linear_kl
 from swl.torch._linear import affine, linear_cross_entropy
 from swl.torch._log_prob import linear_log_prob
@@ -17,6 +18,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "Report",
     "affine",
+    "apply_to",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_kl",
