@@ -3,11 +3,12 @@
 CPU tensors run on the active host backend, CUDA tensors on the CuPy backend, on torch's current stream.
 """
 
+from swl.torch._affine import affine
 from swl.torch._bridge import share_memory_pool
 from swl.torch._cross_entropy import cross_entropy
 from swl.torch._huggingface import apply_to
 from swl.torch._kl import linear_kl
-from swl.torch._linear import affine, linear_cross_entropy
+from swl.torch._linear import linear_cross_entropy
 from swl.torch._log_prob import linear_log_prob
 from swl.torch._modules import Affine, CrossEntropyLoss, LinearCrossEntropyLoss
 from swl.torch._patch import Report, patch

@@ -17,17 +17,15 @@ from torch import Tensor
 
 from swl.options import ExtraKwargs, Options
 from swl.torch._bridge import host_scalar
+from swl.torch._composed import check_values, composed, target_gradient
 from swl.torch._loss import (
     Loss,
     at_once,
     batched,
     check,
-    check_values,
-    composed,
     out_dtype,
     require_tensors,
     route,
-    target_gradient,
 )
 from swl.torch._options import ACC, are_defaults, checked, packed, unpacked
 

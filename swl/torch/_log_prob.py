@@ -15,9 +15,10 @@ from swl.ops.checks import F64
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.ops.linear_cross_entropy import ALL
 from swl.options import DEFAULTS, Options
+from swl.torch._affine import autocast_operands, check_affine, form_logits, matrix, products
 from swl.torch._bridge import Bridge, bridge
-from swl.torch._linear import autocast_operands, check_affine, form_logits, matrix, products
-from swl.torch._loss import batched, check, check_values, composed, require_tensors, route
+from swl.torch._composed import check_values, composed
+from swl.torch._loss import batched, check, require_tensors, route
 from swl.torch._options import ACC, checked
 
 __all__ = ["linear_log_prob"]

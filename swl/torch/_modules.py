@@ -10,8 +10,9 @@ from torch import Tensor
 
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.options import ExtraKwargs
+from swl.torch._affine import affine
 from swl.torch._cross_entropy import cross_entropy
-from swl.torch._linear import affine, linear_cross_entropy
+from swl.torch._linear import linear_cross_entropy
 
 __all__ = ["Affine", "CrossEntropyLoss", "LinearCrossEntropyLoss"]
 

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from swl.errors import BackendUnavailable
 from swl.torch._cross_entropy import cross_entropy
+from swl.torch._loss import PLAIN
 
 __all__ = ["Report", "patch"]
 
@@ -44,14 +45,11 @@ def _count(reason: str | None) -> None:
         _reports[-1].fell_through[reason] += 1
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
 def _not_ours(*args: Any, **kwargs: Any) -> str | None:
     """Say which argument leaves a call to torch, whatever the others are."""
     for t in (*args, *kwargs.values()):
         if isinstance(t, torch.Tensor):
-            if type(t) not in _PLAIN:
+            if type(t) not in PLAIN:
                 return f"a {type(t).__name__}, a subclass of Tensor"
             if t.device.type not in ("cpu", "cuda"):
                 return f"a tensor on {t.device}"
