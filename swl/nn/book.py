@@ -136,13 +136,13 @@ class BatchNormalization(Layer):
         self.gamma, self.beta = arrays
         if (running_mean is None) != (running_var is None):
             raise TypeError("running_mean and running_var must both be given, or neither")
-        for name, given in (("running_mean", running_mean), ("running_var", running_var)):
-            if given is not None:
-                with backend.scope(gamma=arrays[0]):
-                    found = checks.float_array(backend, name, given)
-                checks.require_shape(name, found, arrays[0].shape, "the shape of gamma")
-        self.momentum, self.eps = float(momentum), float(eps)
         self.running_mean, self.running_var = running_mean, running_var
+        for name in ("running_mean", "running_var") if running_mean is not None else ():
+            with backend.scope(gamma=arrays[0]):
+                found = checks.float_array(backend, name, getattr(self, name))
+            checks.require_shape(name, found, arrays[0].shape, "the shape of gamma")
+            setattr(self, name, found)
+        self.momentum, self.eps = float(momentum), float(eps)
         self.dgamma: Any = None
         self.dbeta: Any = None
 
@@ -156,8 +156,8 @@ class BatchNormalization(Layer):
         return self._compute(x, False)[0]
 
     def _compute(self, x: Any, train_flg: bool) -> tuple[Any, Any]:
-        backend = resolve(None, {"x": x})
-        with backend.scope(x=x):
+        backend = resolve(None, {"gamma": self.gamma})
+        with backend.scope(gamma=self.gamma, x=x):
             x = checks.float_array(backend, "x", x)
             if x.ndim < 2 or checks.size_of(x.shape[1:]) != self.gamma.size:
                 raise ValueError(f"x must have shape (N, {self.gamma.size}), or axes of that product, got {x.shape}")

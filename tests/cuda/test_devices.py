@@ -88,6 +88,8 @@ class Numbers:
         self.whole = put(rng.integers(-3, 4, (N, D)))
         self.W = put(rng.normal(size=(D, C)).astype(np.float32))
         self.b = put(rng.normal(size=C).astype(np.float32))
+        self.teacher_x = put(rng.normal(size=(N, 3)).astype(np.float32))
+        self.teacher_W = put(rng.normal(size=(3, C)).astype(np.float32))
         self.dy = put(rng.normal(size=(N, C)).astype(np.float32))
         self.z = put(rng.normal(size=(N, C)).astype(np.float32))
         self.half = put(rng.normal(size=(N, 2 * C)).astype(np.float16))[:, ::2]
@@ -111,6 +113,7 @@ class Numbers:
 
 
 vg, linear = swl.cross_entropy_value_and_grad, swl.linear_cross_entropy_value_and_grad
+log_prob, kl = swl.linear_log_prob_value_and_grad, swl.linear_kl_value_and_grad
 CALLS: dict[str, Callable[..., Any]] = {
     "affine": lambda n, **k: swl.affine(n.x, n.W, n.b, **k),
     "affine of integers": lambda n, **k: swl.affine(n.whole, n.W, n.b, **k),
@@ -129,6 +132,12 @@ CALLS: dict[str, Callable[..., Any]] = {
     "linear, chunks of rows": lambda n, **k: linear(n.x, n.W, n.t, n.b, memory_budget=600, **n.options, **k),
     "linear, chunks of classes": lambda n, **k: linear(n.x, n.W, n.t, n.b, memory_budget=200, **n.options, **k),
     "linear, callable": lambda n, **k: linear(n.x, n.W, lambda r, c: n.q[r, c], memory_budget=200, **k),
+    "log_prob": lambda n, **k: swl.linear_log_prob(n.x, n.W, n.t, n.b, entropy=True, **k),
+    "log_prob, both": lambda n, **k: log_prob(n.x, n.W, n.t, n.b, dlog_prob=n.each, dentropy=n.once, **k),
+    "kl": lambda n, **k: swl.linear_kl(n.x, n.W, n.teacher_x, n.teacher_W, n.b, **k),
+    "kl, both": lambda n, **k: kl(
+        *(n.x, n.W, n.teacher_x, n.teacher_W, n.b, n.b), dout=n.once, sample_weight=n.s, direction="jsd", **k
+    ),
 }
 every_call = pytest.mark.parametrize("name", CALLS)
 
@@ -250,6 +259,8 @@ def from_the_host(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
     found = [affine.forward(x), affine.backward(dy), loss.forward(numbers.z, t), loss.backward(each)]
     found += [*loss.forward_backward(numbers.z, t, each), head.forward(np.array([2, 0]))]
     head.backward(np.ones((2, C), np.float32))
+    norm = swl.BatchNormalization(put(np.ones(C, np.float32)), put(np.zeros(C, np.float32)))
+    found += [norm.forward(np.asarray(dy)), norm.backward(dy)]
     for layer in (swl.ReLU(), swl.Sigmoid()):
         found += [layer.forward(numbers.z), layer.backward(dy)]
     whole = swl.AffineSoftmaxWithLoss(numbers.W, np.zeros(C, np.float32), reduction="none")
@@ -258,7 +269,8 @@ def from_the_host(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
 
 def of_the_book(numbers: Numbers, put: Callable[[Any], Any]) -> list[Any]:
     ones, zeros = put(np.ones(C, np.float32)), put(np.zeros(C, np.float32))
-    dropout, norm, affine = swl.Dropout(0.5, rng=0), swl.BatchNormalization(ones, zeros), swl.Affine(numbers.W)
+    dropout, affine = swl.Dropout(0.5, rng=0), swl.Affine(numbers.W)
+    norm = swl.BatchNormalization(ones, zeros, running_mean=np.zeros(C), running_var=np.ones(C))
     affine.grads  # noqa: B018 - from now on gradients are copied to where these are
     found = [dropout.forward(numbers.z), dropout.backward(numbers.dy), dropout.predict(numbers.z)]
     found += [norm.forward(numbers.z), norm.backward(numbers.dy), norm.predict(numbers.z), norm.dgamma, norm.dbeta]
@@ -369,6 +381,15 @@ TWO_DEVICES: dict[str, tuple[str, str, Callable[[Numbers, Numbers], Any]]] = {
     "linear, sample_weight": ("x", "sample_weight", lambda a, b: linear(a.x, a.W, a.t, sample_weight=b.s)),
     "linear, denominator": ("x", "denominator", lambda a, b: linear(a.x, a.W, a.t, denominator=b.once)),
     "linear, dout": ("x", "dout", lambda a, b: linear(a.x, a.W, a.t, dout=b.once)),
+    "log_prob": ("x", "W", lambda a, b: swl.linear_log_prob(a.x, b.W, a.t)),
+    "log_prob, dentropy": ("x", "dentropy", lambda a, b: log_prob(a.x, a.W, a.t, dentropy=b.once)),
+    "kl": ("x", "teacher_W", lambda a, b: swl.linear_kl(a.x, a.W, a.teacher_x, b.teacher_W)),
+    "kl, bias": ("x", "teacher_b", lambda a, b: swl.linear_kl(a.x, a.W, a.teacher_x, a.teacher_W, teacher_b=b.b)),
+    "kl, sample_weight": (
+        "x",
+        "sample_weight",
+        lambda a, b: swl.linear_kl(a.x, a.W, a.teacher_x, a.teacher_W, sample_weight=b.s),
+    ),
     "Affine": ("W", "b", lambda a, b: swl.Affine(a.W, b.b)),
     "Affine, x": ("W", "x", lambda a, b: swl.Affine(a.W).forward(b.x)),
     "Affine, dout": ("W", "dout", lambda a, b: _forward(swl.Affine(a.W), a.x).backward(b.dy)),
@@ -392,6 +413,7 @@ TWO_DEVICES: dict[str, tuple[str, str, Callable[[Numbers, Numbers], Any]]] = {
     "head, predict": ("W", "x", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).predict(b.x)),
     "head, top_k": ("W", "x", lambda a, b: swl.AffineSoftmaxWithLoss(a.W).top_k(b.x, 2)),
     "BatchNormalization": ("gamma", "beta", lambda a, b: swl.BatchNormalization(a.b, b.b)),
+    "BatchNormalization, x": ("gamma", "x", lambda a, b: swl.BatchNormalization(a.b, a.b).forward(b.z)),
     "SGD": ("params", "grads", lambda a, b: swl.SGD().update([a.x], [b.x])),
     "AdamW": ("params", "grads", lambda a, b: swl.AdamW().update([a.x], [b.x])),
 }

@@ -366,7 +366,10 @@ def run(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*command, f"tests/{file}", "-k", f"({words}) and not (numpy or cupy)"],
         cwd=folder,
-        env={**os.environ, "NUMBA_CACHE_DIR": str(folder / "numba"), "PYTHONPATH": str(folder), "CI": "true"},
+        env={
+            **os.environ,
+            **{"NUMBA_CACHE_DIR": str(folder / "numba"), "PYTHONPATH": str(folder), "CI": "true", "PYTEST_ADDOPTS": ""},
+        },
         capture_output=True,
         text=True,
         check=False,
