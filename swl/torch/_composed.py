@@ -12,7 +12,7 @@ from swl.options import Options, require_magnitudes
 from swl.torch._bridge import bridge
 from swl.torch._loss import PLAIN, logits_rows, restored
 
-__all__ = ["check_values", "composed", "target_gradient"]
+__all__ = ["check_values", "class_ids", "composed", "final_logits", "log_p", "target_gradient"]
 
 
 def target_gradient(
@@ -27,12 +27,13 @@ def target_gradient(
 
     It is 0 at a masked class without mass, where the loss is finite only as long as the mass stays 0.
     """
-    z = _final_logits(logits_rows(input).to(row_max.dtype), options)
+    z = final_logits(logits_rows(input).to(row_max.dtype), options)
     w = z.new_ones(z.shape[1]) if options.weight is None else options.weight.to(z.dtype)
     y = _probability_rows(target, w, options.label_smoothing)
-    log_p = _log_p(y, z - row_max[:, None], log_sum)
     scale = scale * options.temperature  # which `Problem.row_scale` has divided by it
-    return restored(log_p * w * ((options.label_smoothing - 1.0) * scale[:, None]), input)
+    return restored(
+        log_p(y, z - row_max[:, None], log_sum) * w * ((options.label_smoothing - 1.0) * scale[:, None]), input
+    )
 
 
 def composed(input: Tensor, target: Tensor, options: Options, probabilities: bool) -> Tensor:
@@ -48,18 +49,16 @@ def composed(input: Tensor, target: Tensor, options: Options, probabilities: boo
         m = z.new_ones(z.shape[0])
         y = _probability_rows(target, w, eps)
     else:
-        ids = target.reshape(-1).long()
-        counts, invalid = _kinds(ids, C, options.ignore_index)
-        ids = torch.where(counts, ids, 0)
+        ids, counts, invalid = class_ids(target, C, options.ignore_index)
         m = torch.where(counts, w[ids], 0)
         hot = ids[:, None] == torch.arange(C, device=ids.device)
         y = torch.where(counts[:, None], torch.where(hot, (1 - eps) * m[:, None], 0) + (eps / C) * w, 0)
         z = torch.where(counts[:, None], z, 0)  # whatever stands in a row that does not count
-    z = _final_logits(z, options)
+    z = final_logits(z, options)
     M = z.amax(1).detach()  # the loss does not depend on it
     u = z - M[:, None]
     S = u.exp().sum(1).log()
-    loss = -(y * _log_p(y, u, S)).sum(1)
+    loss = -(y * log_p(y, u, S)).sum(1)
     if z_loss:
         loss = loss + z_loss * m * (M + S) ** 2
     if invalid is not None:
@@ -77,13 +76,14 @@ def composed(input: Tensor, target: Tensor, options: Options, probabilities: boo
     )  # without a gradient where nothing counts
 
 
-def _kinds(ids: Tensor, C: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Tell which rows count, and which ids are neither a class nor ignored."""
-    legal = (ids >= 0) & (ids < C)
-    if not -(2**63) <= ignore_index < 2**63:  # which no id can be
-        return legal, ~legal
-    ignored = ids == ignore_index
-    return legal & ~ignored, ~(legal | ignored)
+def class_ids(target: Tensor, C: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids (N,), 0 in a row that does not count; which rows count; and which ids are neither a class nor ignored."""
+    ids = target.reshape(-1).long()
+    counts = legal = (ids >= 0) & (ids < C)
+    if -(2**63) <= ignore_index < 2**63:  # else no id can be it
+        ignored = ids == ignore_index
+        counts, legal = legal & ~ignored, legal | ignored
+    return torch.where(counts, ids, 0), counts, ~legal
 
 
 def _probability_rows(target: Tensor, w: Tensor, eps: float) -> Tensor:
@@ -91,13 +91,13 @@ def _probability_rows(target: Tensor, w: Tensor, eps: float) -> Tensor:
     return w * ((1 - eps) * logits_rows(target).to(w.dtype) + eps / w.shape[0])
 
 
-def _log_p(y: Tensor, u: Tensor, S: Tensor) -> Tensor:
+def log_p(y: Tensor, u: Tensor, S: Tensor) -> Tensor:
     """Compute log p = u − S, but 0 for a masked class, u = −inf, without mass: there y·log p and its derivatives are 0."""
     S = S[:, None]
     return torch.where((y == 0) & (u == -math.inf) & (S == S), 0, u - S)
 
 
-def _final_logits(r: Tensor, options: Options) -> Tensor:
+def final_logits(r: Tensor, options: Options) -> Tensor:
     """Compute z = κ·tanh(r/κ) in a form whose derivative torch finds without the cancellation of 1 − tanh²."""
     if options.temperature != 1:
         r = r / options.temperature

@@ -26,8 +26,10 @@ from swl.torch._loss import (
     out_dtype,
     require_tensors,
     route,
+    rows_shape,
 )
 from swl.torch._options import ACC, are_defaults, checked, packed, unpacked
+from swl.torch._stats import composed_stats, fake_kept, kept_stats, of_kept, of_rows, result
 
 __all__ = ["cross_entropy"]
 
@@ -41,8 +43,10 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    stats: bool = False,
     **extra: Unpack[ExtraKwargs],
-) -> Tensor:
+) -> Any:
     """Compute the cross-entropy of logits: `torch.nn.functional.cross_entropy` on swl's kernels.
 
     Parameters
@@ -58,14 +62,18 @@ def cross_entropy(
         Torch's old names for `reduction`.
     ignore_index, reduction, label_smoothing
         As torch has them; ``label_smoothing`` in [0, 1).
+    stats : bool
+        Whether to return by-products of each row, in the same sweep.
     **extra
         The fields of `swl.options.Options` that torch has not; ``sample_weight`` is of the shape of class ids.
 
     Returns
     -------
-    Tensor
+    loss : Tensor
         0-d, or of the shape of class ids under ``reduction="none"``; of the dtype of `input` (under autocast float32), NaN
         for the mean of nothing.
+    stats : swl.RowStats of Tensor
+        Only with ``stats=True``: each of the shape of class ids, in float32 (float64 for float64); without a gradient.
 
     Raises
     ------
@@ -89,7 +97,7 @@ def cross_entropy(
     tensor([-0.3750,  0.1250,  0.1250,  0.1250])
     """
     if (
-        (weight is size_average is reduce is None)
+        (weight is size_average is reduce is None and not stats)
         and are_defaults(reduction, ignore_index, label_smoothing, extra)
         and route(input, target) == "at hand"
     ):
@@ -98,7 +106,7 @@ def cross_entropy(
         if small is not None:
             if tracked:
                 options = checked(input, None, reduction, ignore_index, label_smoothing, extra)
-                return _apply(input, target, options, False, input.dtype, small)
+                return _apply(input, target, options, False, input.dtype, False, small)[0]
             return host_scalar(small[0], input.dtype)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
@@ -109,17 +117,24 @@ def cross_entropy(
     probabilities = check(input, target, options)
     dtype = out_dtype(input, target, probabilities)
     way = route(input, target, *options.arrays().values())
+    found: tuple[Tensor, ...]
     if way == "traced":
-        return _operation(input, target, *packed(options), dtype)[0]
-    if way == "transformed":
+        loss, *kept = _operation(input, target, *packed(options), dtype, stats)
+        found = loss, *of_kept(*kept)
+    elif way == "transformed":
         C = input.shape[0 if input.ndim == 1 else 1]
         check_values(target, C, ACC[input.dtype], options, probabilities)
-        return composed(input, target, options, probabilities).to(dtype)
-    if torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
-        return _CrossEntropy.apply(input, target, options, probabilities, dtype)
-    loss = Loss.of(input, target, options, probabilities)
-    with loss.bridge.scope():
-        return loss.reduce(loss.forward().loss, dtype)
+        found = (composed(input, target, options, probabilities).to(dtype),)
+        if stats:
+            found += composed_stats(input, target, options, probabilities)
+    elif torch.is_grad_enabled() and (input.requires_grad or target.requires_grad):
+        found = _CrossEntropy.apply(input, target, options, probabilities, dtype, stats)
+    else:
+        here = Loss.of(input, target, options, probabilities)
+        with here.bridge.scope():
+            rows = here.forward(stats)
+            found = here.reduce(rows.loss, dtype), *of_rows(here, rows)
+    return result(found, rows_shape(input))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -133,26 +148,30 @@ class _CrossEntropy(torch.autograd.Function):
         options: Options,
         probabilities: bool,
         dtype: torch.dtype,
+        stats: bool,
         small: tuple[float, Tensor] | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(input, target)
         ctx.options = options, probabilities
         if small is not None:
             ctx.rows, ctx.gradient = None, small[1]
-            return host_scalar(small[0], dtype)
+            return (host_scalar(small[0], dtype),)
         loss = Loss.of(input, target, options, probabilities)
         with loss.bridge.scope():
             one_sweep = loss.bridge.on_host and options.reduction != "none" and input.dtype is not torch.float16
             if one_sweep and ctx.needs_input_grad[0]:
-                ctx.rows, ctx.gradient = loss.both()
+                ctx.rows, ctx.gradient = loss.both(stats)
             else:
-                ctx.rows, ctx.gradient = loss.forward(), None
-            return loss.reduce(ctx.rows.loss, dtype)
+                ctx.rows, ctx.gradient = loss.forward(stats), None
+            extra = of_rows(loss, ctx.rows)
+            ctx.mark_non_differentiable(*extra)
+            return loss.reduce(ctx.rows.loss, dtype), *extra
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+        others = (None,) * 5
         if torch.is_grad_enabled() or batched(grad_output):
-            return *_composed_gradients(ctx, grad_output), None, None, None, None
+            return *_composed_gradients(ctx, grad_output), *others
         (d_input, ctx.gradient), d_target = (ctx.gradient, None), None
         if d_input is not None and not math.isfinite(scale := grad_output.item()):
             d_input = None  # a row that is ignored gets 0 all the same
@@ -160,7 +179,7 @@ class _CrossEntropy(torch.autograd.Function):
             if scale != 1.0:
                 d_input.mul_(grad_output)
             if not ctx.needs_input_grad[1]:
-                return d_input, None, None, None, None, None
+                return d_input, None, *others
         input, target = ctx.saved_tensors  # whose memory may have moved: nothing of the forward's arrays was kept
         options, probabilities = ctx.options
         loss = Loss.of(input, target, options, probabilities)
@@ -172,7 +191,7 @@ class _CrossEntropy(torch.autograd.Function):
                 tensor, scale = loss.bridge.tensor, loss.row_scale(grad_output)
                 d_target = target_gradient(input, target, tensor(rows.row_max), tensor(rows.log_sum), scale, options)
                 d_target = d_target.to(target.dtype)
-        return d_input, d_target, None, None, None, None
+        return d_input, d_target, *others
 
 
 _apply = super(torch.autograd.Function, _CrossEntropy).apply
@@ -204,25 +223,33 @@ def _operation(
     ignore_index: int,
     numbers: Sequence[float],
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     options = unpacked(tensors, names, reduction, ignore_index, numbers)
     loss = Loss.of(input, target, options, target.shape == input.shape)
     with loss.bridge.scope():
-        rows = loss.forward()
-        return loss.reduce(rows.loss, dtype), loss.kept(rows)
+        rows = loss.forward(stats)
+        return loss.reduce(rows.loss, dtype), *kept_stats(loss, rows)
 
 
 @_operation.register_fake
 def _(
-    input: Any, target: Any, tensors: Any, names: Any, reduction: Any, ignore_index: Any, numbers: Any, dtype: Any
+    input: Any,
+    target: Any,
+    tensors: Any,
+    names: Any,
+    reduction: Any,
+    ignore_index: Any,
+    numbers: Any,
+    dtype: Any,
+    stats: bool = False,
 ) -> Any:
-    shape = input.shape[:1] + input.shape[2:] if input.ndim > 1 else ()
+    shape = rows_shape(input)
     loss = input.new_empty(shape if reduction == "none" else (), dtype=dtype)
-    acc = torch.float64 if input.dtype is torch.float64 else torch.float32
     n = 1
     for size in shape:
         n = n * size
-    return loss, input.new_empty((3, n), dtype=acc)
+    return loss, *fake_kept(input, n, stats)
 
 
 @torch.library.custom_op("swl::cross_entropy_backward", mutates_args=())
@@ -254,18 +281,18 @@ def _(grad_output: Any, input: Any, target: Any, kept: Any, of_target: bool, *op
     return input.new_empty(input.shape, dtype=target.dtype if of_target else input.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, target, tensors, *ctx.others, _ = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, target, tensors, *ctx.others, _, _ = inputs
     ctx.save_for_backward(input, target, output[1], *tensors)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     input, target, kept, *tensors = ctx.saved_tensors
     grads = (
         _operation_backward(grad_loss, input, target, kept, of_target, tensors, *ctx.others) if needed else None
         for needed, of_target in zip(ctx.needs_input_grad, (False, True), strict=False)
     )
-    return *grads, [None] * len(tensors), *(None,) * 5
+    return *grads, [None] * len(tensors), *(None,) * 6
 
 
 _operation.register_autograd(_backward, setup_context=_setup_context)

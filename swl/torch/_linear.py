@@ -32,6 +32,7 @@ from swl.torch._loss import (
     route,
 )
 from swl.torch._options import ACC, as_arrays, autocast_dtype, checked, packed, unpacked
+from swl.torch._stats import composed_stats, fake_kept, kept_stats, of_kept, of_rows, result
 
 __all__ = ["linear_cross_entropy"]
 
@@ -48,8 +49,9 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: Any = None,
     memory_budget: int = DEFAULT_BUDGET,
+    stats: bool = False,
     **extra: Unpack[ExtraKwargs],
-) -> Tensor:
+) -> Any:
     """Compute the cross-entropy of ``input·linear_weightᵀ + linear_bias`` without storing the logits.
 
     `torch.nn.functional.linear_cross_entropy` on swl's kernels.
@@ -62,7 +64,7 @@ def linear_cross_entropy(
     target : Tensor
         Class ids or probabilities, of the shapes that the logits ask for.
     linear_bias : Tensor, shape (C,) or (C, d1, ..., dK), optional
-    weight, reduction, label_smoothing, **extra
+    weight, reduction, label_smoothing, stats, **extra
         As in `cross_entropy`.
     ignore_index : int, optional
         For class ids only; -100 by default.
@@ -74,8 +76,10 @@ def linear_cross_entropy(
 
     Returns
     -------
-    Tensor
+    loss : Tensor
         As `cross_entropy`, of the dtype of `input`.
+    stats : swl.RowStats of Tensor
+        Only with ``stats=True``, as `cross_entropy`.
 
     Raises
     ------
@@ -99,7 +103,7 @@ def linear_cross_entropy(
     )
     if linear_weight.ndim > 2:
         return _positions(
-            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, extra
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, stats, extra
         )
     dtype_before = input.dtype
     input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
@@ -129,18 +133,26 @@ def linear_cross_entropy(
         size = 8 if input.dtype is torch.float64 else 4
         memory_budget = size * (options.batch_chunk_size * C + 2 * x.shape[1] * min(C, 2048))
     way = route(x, linear_weight, t, linear_bias, *given.arrays().values())
+    found: tuple[Tensor, ...]
     if way == "transformed":
         check_values(t, C, ACC[x.dtype], given, probabilities)
-        loss = composed(form_logits(x, linear_weight, linear_bias), t, given, probabilities).to(dtype)
+        logits = form_logits(x, linear_weight, linear_bias)
+        found = (composed(logits, t, given, probabilities).to(dtype),)
+        if stats:
+            found += composed_stats(logits, t, given, probabilities)
     elif way == "traced":
-        loss = _operation(x, linear_weight, t, linear_bias, *packed(given), memory_budget, dtype)[0]
+        loss, *kept = _operation(x, linear_weight, t, linear_bias, *packed(given), memory_budget, dtype, stats)
+        found = loss, *of_kept(*kept)
     elif torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in (x, linear_weight, t, linear_bias)):
-        loss = _LinearCrossEntropy.apply(x, linear_weight, t, linear_bias, given, memory_budget, dtype)
+        found = _LinearCrossEntropy.apply(x, linear_weight, t, linear_bias, given, memory_budget, dtype, stats)
     else:
         head = _head(x, linear_weight, t, linear_bias, given, memory_budget)
         with head.bridge.scope():
-            loss = head.reduce(head.forward().loss, dtype)
-    return loss.view(leading) if given.reduction == "none" else loss
+            rows = head.forward(stats)
+            found = head.reduce(rows.loss, dtype), *of_rows(head, rows)
+    if given.reduction == "none":
+        found = found[0].view(leading), *found[1:]
+    return result(found, leading)
 
 
 def _positions(
@@ -152,8 +164,9 @@ def _positions(
     reduction: str,
     ignore_index: int | None,
     label_smoothing: float,
+    stats: bool,
     extra: ExtraKwargs,
-) -> Tensor:
+) -> Any:
     """Do a loss with a head of its own for every position: one product, and the logits stored."""
     C, *positions, D = linear_weight.shape
     if input.ndim != 2:
@@ -172,6 +185,7 @@ def _positions(
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
+        stats=stats,
         **extra,
     )
 
@@ -262,23 +276,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         options: Options,
         memory_budget: int,
         dtype: torch.dtype,
-    ) -> Tensor:
+        stats: bool,
+    ) -> tuple[Tensor, ...]:
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         head = _head(x, linear_weight, target, bias, options, memory_budget, needs)
         with head.bridge.scope():
             ctx.gradients = None
             if options.reduction != "none" and x.dtype is not torch.float16 and any(needs):
-                rows, ctx.gradients = head.both()
+                rows, ctx.gradients = head.both(stats)
             else:
-                rows = head.forward()
+                rows = head.forward(stats)
             ctx.save_for_backward(x, linear_weight, target, bias)
             ctx.rows, ctx.others = rows, (options, memory_budget)
-            return head.reduce(rows.loss, dtype)
+            extra = of_rows(head, rows)
+            ctx.mark_non_differentiable(*extra)
+            return head.reduce(rows.loss, dtype), *extra
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+        others = (None,) * 4
         if torch.is_grad_enabled() or batched(grad_output):
-            return *_composed_gradients(ctx, grad_output), None, None, None
+            return *_composed_gradients(ctx, grad_output), *others
         # the memory of what was saved may have moved: nothing of the forward's arrays was kept
         (x, W, target, bias), rows, (options, memory_budget) = ctx.saved_tensors, ctx.rows, ctx.others
         d_x, d_weight, d_target, d_bias = ctx.needs_input_grad[:4]
@@ -291,7 +309,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _scale(head, grads, grad_output)
             dx, dW, db = grads
             dt = _target_gradient(head, rows, grad_output, x, W, target, bias, options) if d_target else None
-        return dx, dW, dt, db, None, None, None
+        return dx, dW, dt, db, *others
 
 
 def _composed_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
@@ -320,18 +338,32 @@ def _operation(
     numbers: Sequence[float],
     memory_budget: int,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    stats: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     options = unpacked(tensors, names, reduction, ignore_index, numbers)
     head = _head(x, linear_weight, target, bias, options, memory_budget)
     with head.bridge.scope():
-        rows = head.forward()
-        return head.reduce(rows.loss, dtype), head.kept(rows)
+        rows = head.forward(stats)
+        return head.reduce(rows.loss, dtype), *kept_stats(head, rows)
 
 
 @_operation.register_fake
-def _(x: Any, W: Any, target: Any, bias: Any, tensors: Any, names: Any, reduction: Any, *others: Any) -> Any:
-    loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=others[-1])
-    return loss, x.new_empty((3, x.shape[0]), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+def _(
+    x: Any,
+    W: Any,
+    target: Any,
+    bias: Any,
+    tensors: Any,
+    names: Any,
+    reduction: Any,
+    ignore_index: Any,
+    numbers: Any,
+    memory_budget: Any,
+    dtype: Any,
+    stats: bool = False,
+) -> Any:
+    loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=dtype)
+    return loss, *fake_kept(x, x.shape[0], stats)
 
 
 @torch.library.custom_op("swl::linear_cross_entropy_backward", mutates_args=())
@@ -369,16 +401,16 @@ def _(
     return [x.new_empty(t.shape, dtype=t.dtype) for t, needed in zip(like, needs, strict=True) if needed]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, linear_weight, target, bias, tensors, *ctx.others, _ = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, linear_weight, target, bias, tensors, *ctx.others, _, _ = inputs
     ctx.save_for_backward(x, linear_weight, target, bias, output[1], *tensors)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:4])
     x, W, target, bias, kept, *tensors = ctx.saved_tensors
     grads = iter(_operation_backward(grad_loss, x, W, target, bias, kept, needs, tensors, *ctx.others))
-    return *(next(grads) if needed else None for needed in needs), [None] * len(tensors), *(None,) * 6
+    return *(next(grads) if needed else None for needed in needs), [None] * len(tensors), *(None,) * 7
 
 
 _operation.register_autograd(_backward, setup_context=_setup_context)

@@ -32,6 +32,7 @@ __all__ = [
     "require_tensors",
     "restored",
     "route",
+    "rows_shape",
 ]
 
 FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
@@ -79,7 +80,7 @@ def check(input: Tensor, target: Tensor, options: Options) -> bool:
         raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
     if options is not DEFAULTS:
         require_magnitudes(ACC[input.dtype], C, **options.numbers())
-    rows = shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+    rows = rows_shape(input)
     probabilities = target.shape == shape
     if probabilities:
         if target.dtype not in FLOATS:
@@ -144,6 +145,11 @@ def batched(grad_output: Tensor) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ layouts
+
+
+def rows_shape(x: Tensor) -> torch.Size:
+    """Return the shape of the rows of logits ``(C,)`` or ``(N, C, d1, ..., dK)``: without ``C``."""
+    return x.shape[:1] + x.shape[2:] if x.ndim > 1 else x.shape[:0]
 
 
 def logits_rows(x: Tensor) -> Tensor:
@@ -219,15 +225,15 @@ class Loss(NamedTuple):
         with here.scope():
             source = Pieces(here, input)
             p = problem(here.backend, source, array(rows), (n,), C, ACC[input.dtype], as_arrays(here, options))
-        return cls(here, p, input.shape[:1] + input.shape[2:] if input.ndim > 1 else input.shape[:0])
+        return cls(here, p, rows_shape(input))
 
-    def forward(self) -> Rows:
+    def forward(self, stats: bool = False) -> Rows:
         """Sweep for the rows of the loss."""
-        return self.problem.source.forward(self.problem, False)
+        return self.problem.source.forward(self.problem, stats)
 
-    def both(self) -> tuple[Rows, Any]:
+    def both(self, stats: bool = False) -> tuple[Rows, Any]:
         """Sweep for the rows of the loss and, for an upstream gradient of 1, the gradients."""
-        return self.problem.source.forward_backward(self.problem, 1.0, False)
+        return self.problem.source.forward_backward(self.problem, 1.0, stats)
 
     def backward(self, grad_output: Tensor, rows: Rows) -> Any:
         """Sweep for the gradients."""
@@ -240,7 +246,7 @@ class Loss(NamedTuple):
 
     def rows(self, kept: Tensor) -> Rows:
         """Undo `kept`."""
-        row_max, log_sum, mass = self.bridge.array(kept)
+        row_max, log_sum, mass = self.bridge.array(kept)[:3]
         return Rows(row_max, row_max, log_sum, row_max, mass)
 
     def row_scale(self, grad_output: Tensor) -> Tensor:

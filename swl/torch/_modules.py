@@ -62,7 +62,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.extra = extra
 
-    def forward(self, input: Tensor, target: Tensor, **extra: Unpack[ExtraKwargs]) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, *, stats: bool = False, **extra: Unpack[ExtraKwargs]) -> Any:
         """Compute the loss; options given here, as `sample_weight` of a batch, come before those of the module."""
         return cross_entropy(
             input,
@@ -71,6 +71,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            stats=stats,
             **(self.extra | extra),
         )
 
@@ -125,7 +126,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype
         )
 
-    def forward(self, input: Tensor, target: Tensor, **extra: Unpack[ExtraKwargs]) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, *, stats: bool = False, **extra: Unpack[ExtraKwargs]) -> Any:
         """Compute the loss; options given here, as `sample_weight` of a batch, come before those of the module."""
         shape, linear = (self.num_classes, *self.out_features), self.linear
         return linear_cross_entropy(
@@ -139,6 +140,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             label_smoothing=self.label_smoothing,
             options=self.options,
             memory_budget=self.memory_budget,
+            stats=stats,
             **(self.extra | extra),
         )
 
