@@ -32,6 +32,9 @@ TINY = [
     Case("backward", "affine", (), partial(cases.affine, 5, 7, 3, True)),
     *(Case(which, "products", (), partial(cases.products, 5, 7, 3, which)) for which in ("x·W", "G·Wᵀ", "xᵀ·G")),
     Case("", "head", (), partial(cases.head, 6, 5, 11)),
+    Case("", "log_prob", (), partial(cases.log_prob, 6, 5, 11)),
+    Case("", "kl", (), partial(cases.kl, 6, 5, 4, 11)),
+    Case("", "one-hot", (), partial(cases.one_hot, 6, 5)),
     Case("", "after", (), partial(cases.after_product, 6, 5)),
     Case("", "threads", (), partial(cases.threads, 6, 5, "float32", {"softcap": 3.0}), own="all threads"),
     Case("", "step", (), partial(cases.training_step, 9, 8, 7, 5)),
@@ -58,7 +61,8 @@ def test_contenders_compute_the_same_and_are_all_timed(case: Case) -> None:
 
 
 def test_every_case_names_all_its_contenders() -> None:
-    assert GROUPS == ("losses", "forward", "dtypes", "small", "affine", "products", "head", "after", "threads", "step")
+    order = "losses forward dtypes small one-hot affine products head log_prob kl after threads step"
+    assert order.split() == list(GROUPS)
     for case in CASES.values():
         assert case.own in case.names
         assert case.floor is None or case.floor in case.names

@@ -101,6 +101,20 @@ def loss(N: int, C: int, dtype: str, grad: bool, every: bool) -> Built:
     return calls, (value, gradient) if grad else (value,), TOLERANCE[dtype]
 
 
+def one_hot(N: int, C: int) -> Built:
+    """Compare the loss of one-hot rows, as the book has them, and its gradient."""
+    rng = np.random.default_rng(0)
+    z, t = rng.standard_normal((N, C), np.float32), rng.integers(0, C, N)
+    q = np.eye(C, dtype=np.float32)[t]
+
+    def ours() -> dict[str, Call]:
+        here, rows, out = swl.asarray(z), swl.asarray(q), swl.asarray(np.empty_like(z))
+        return {"": lambda: swl.cross_entropy_value_and_grad(here, rows, out=out)}
+
+    calls = backends(ours) | peers.torch_loss_of_rows(z, q) | {"NumPy by hand": lambda: peers.numpy_loss(z, t)}
+    return contenders(calls), peers.numpy_loss(z, t), 1e-4
+
+
 def logits_case(group: str, N: int, C: int, dtype: str = "float32", grad: bool = True, every: bool = True) -> Case:
     """Describe `loss`."""
     ours = ("copy", "swl", "swl, new array") if grad else ("swl",)
@@ -211,6 +225,46 @@ def head(N: int, D: int, C: int) -> Built:
     return calls, peers.numpy_head(x, W, t), 1e-4
 
 
+def log_prob(N: int, D: int, C: int) -> Built:
+    """Compare log-probabilities and entropies of the rows, and their gradients, with the fused loss's."""
+    rng = np.random.default_rng(0)
+    x, W = rng.standard_normal((N, D), np.float32), rng.standard_normal((D, C), np.float32) / np.float32(D**0.5)
+    t, dentropy = rng.integers(0, C, N), np.float32(0.01)
+
+    def ours() -> dict[str, Call]:
+        x_, W_, t_ = (swl.asarray(a) for a in (x, W, t))
+
+        def both() -> Any:
+            found = swl.linear_log_prob_value_and_grad(x_, W_, t_, dentropy=dentropy, needs=("dx", "dW"))
+            return *found[:2], *found[2][:2]
+
+        return {"": both}
+
+    calls = contenders(backends(ours, specification=False), peers.torch_log_prob(x, W, t, float(dentropy)))
+    return calls, peers.numpy_log_prob(x, W, t, dentropy), 1e-4
+
+
+def kl(N: int, D: int, teacher_D: int, C: int) -> Built:
+    """Compare the divergence from a teacher and its gradients; both heads' logits are formed anew."""
+    rng = np.random.default_rng(0)
+    x, W, teacher_x, teacher_W = (
+        rng.standard_normal(shape, np.float32) / np.float32(shape[0] ** 0.5 if shape[1] == C else 1)
+        for shape in ((N, D), (D, C), (N, teacher_D), (teacher_D, C))
+    )
+
+    def ours() -> dict[str, Call]:
+        operands = [swl.asarray(a) for a in (x, W, teacher_x, teacher_W)]
+
+        def both() -> Any:
+            loss, gradients = swl.linear_kl_value_and_grad(*operands, needs=("dx", "dW"))
+            return loss, *gradients[:2]
+
+        return {"": both}
+
+    calls = contenders(backends(ours, specification=False), peers.torch_kl(x, W, teacher_x, teacher_W))
+    return calls, peers.numpy_kl(x, W, teacher_x, teacher_W), 1e-4
+
+
 # ------------------------------------------------------------------------------------------------ together
 
 
@@ -307,6 +361,7 @@ def training_step(N: int, D: int, H: int, C: int) -> Built:
 
 LARGE = ((512, 50257), (2048, 32000), (64, 128256), (4096, 1000), (128, 10))
 SMALL = ((1, 10), (32, 10), (100, 100), (64, 1000))
+ONE_HOT = ((100, 10), (4096, 1000))
 IN_DTYPES = ((512, 50257), (4096, 1000))
 AFFINE = ((100, 784, 50), (256, 1024, 1000), (512, 768, 4096))
 PRODUCTS = ((64, 768, 50257), (256, 768, 50257), (1024, 768, 50257), (1024, 1024, 1024))
@@ -331,6 +386,8 @@ def _cases() -> Iterator[Case]:
     for N, C in SMALL:
         yield logits_case("small", N, C)
     names: tuple[str, ...] = ("swl", *OTHERS, "torch", "NumPy by hand")
+    for N, C in ONE_HOT:
+        yield Case(f"{N} × {C}, one-hot", "one-hot", names, partial(one_hot, N, C))
     for N, D, C in AFFINE:
         for what, grad in (("forward", False), ("backward", True)):
             yield Case(f"{N} × {D} × {C}, {what}", "affine", names, partial(affine, N, D, C, grad))
@@ -342,6 +399,9 @@ def _cases() -> Iterator[Case]:
     names = ("three products", *ours, "torch", "torch, in chunks", "NumPy by hand")
     for N, D, C in HEADS:
         yield Case(f"{N} × {D} × {C}", "head", names, partial(head, N, D, C), floor="three products")
+    for N, D, C in HEADS[1:]:
+        yield Case(f"{N} × {D} × {C}", "log_prob", ("swl", *OTHERS, "torch"), partial(log_prob, N, D, C))
+        yield Case(f"{N} × {D} × {C}, teacher of {2 * D}", "kl", ("swl", *OTHERS, "torch"), partial(kl, N, D, 2 * D, C))
     names = ("swl", "after a 400³ product", "after numpy.matmul of its logits", "after swl.affine of its logits")
     for N, C in AFTER:
         yield Case(f"{N} × {C} after a product", "after", names, partial(after_product, N, C))

@@ -13,7 +13,19 @@ import numpy as np
 from swl.backends.host.threads import POOL
 from swl.bench.timing import Call
 
-__all__ = ["jax_losses", "numpy_head", "numpy_loss", "numpy_losses", "torch_head", "torch_losses"]
+__all__ = [
+    "jax_losses",
+    "numpy_head",
+    "numpy_kl",
+    "numpy_log_prob",
+    "numpy_loss",
+    "numpy_losses",
+    "torch_head",
+    "torch_kl",
+    "torch_log_prob",
+    "torch_loss_of_rows",
+    "torch_losses",
+]
 
 
 # ------------------------------------------------------------------------------------------------ PyTorch
@@ -58,6 +70,22 @@ def torch_losses(z: Any, t: Any, *, grad: bool, compiled: bool) -> dict[str, Cal
     return calls
 
 
+def torch_loss_of_rows(z: Any, q: Any) -> dict[str, Call]:
+    """Give PyTorch's cross-entropy of probabilities."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    torch.set_num_threads(POOL.threads)
+    zt, qt = torch.from_numpy(z).requires_grad_(), torch.from_numpy(q)
+
+    def call() -> Any:
+        value = torch.nn.functional.cross_entropy(zt, qt)
+        return value, *torch.autograd.grad(value, zt)
+
+    return {"torch": call}
+
+
 def torch_head(x: Any, W: Any, t: Any) -> dict[str, Call]:
     """Give PyTorch's `linear_cross_entropy`, with its defaults and in chunks; or its parts, where PyTorch has none yet."""
     try:
@@ -83,6 +111,44 @@ def torch_head(x: Any, W: Any, t: Any) -> dict[str, Call]:
     if fused and options:
         calls["torch, in chunks"] = of(lambda: fused(xt, Wt, tt, options=options()))
     return calls
+
+
+def torch_log_prob(x: Any, W: Any, t: Any, dentropy: float) -> dict[str, Call]:
+    """Give the lines that trainers write in PyTorch for log-probabilities and entropies."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    torch.set_num_threads(POOL.threads)
+    xt, tt = torch.from_numpy(x).requires_grad_(), torch.from_numpy(t)
+    Wt = torch.from_numpy(W.T.copy()).requires_grad_()
+
+    def call() -> Any:
+        log_p = torch.log_softmax(xt @ Wt.T, dim=-1)
+        chosen, entropy = log_p.gather(1, tt[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        dx, dW = torch.autograd.grad(chosen.sum() + dentropy * entropy.sum(), (xt, Wt))
+        return chosen, entropy, dx, dW.T
+
+    return {"torch": call}
+
+
+def torch_kl(x: Any, W: Any, teacher_x: Any, teacher_W: Any) -> dict[str, Call]:
+    """Give PyTorch's `kl_div` of two heads."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    torch.set_num_threads(POOL.threads)
+    xt, xs = torch.from_numpy(x).requires_grad_(), torch.from_numpy(teacher_x)
+    Wt, Ws = torch.from_numpy(W.T.copy()).requires_grad_(), torch.from_numpy(teacher_W.T.copy())
+
+    def call() -> Any:
+        student, teacher = torch.log_softmax(xt @ Wt.T, dim=-1), torch.log_softmax(xs @ Ws.T, dim=-1)
+        loss = torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        dx, dW = torch.autograd.grad(loss, (xt, Wt))
+        return loss, dx, dW.T
+
+    return {"torch": call}
 
 
 # ------------------------------------------------------------------------------------------------ JAX
@@ -151,3 +217,27 @@ def numpy_head(x: Any, W: Any, t: Any) -> tuple[Any, Any, Any]:
     """Compute loss, dx and dW of the head."""
     loss, dlogits = numpy_loss(x @ W, t)
     return loss, dlogits @ W.T, x.T @ dlogits
+
+
+def _log_softmax(x: Any, W: Any) -> Any:
+    z = x @ W
+    u = z - z.max(axis=1, keepdims=True)
+    return u - np.log(np.exp(u).sum(axis=1, keepdims=True))
+
+
+def numpy_log_prob(x: Any, W: Any, t: Any, dentropy: Any) -> tuple[Any, ...]:
+    """Compute log-probabilities, entropies, and dx and dW of ``Σ log p_t + dentropy·Σ H``."""
+    rows, log_p = np.arange(len(x)), _log_softmax(x, W)
+    p = np.exp(log_p)
+    H = -(p * log_p).sum(axis=1)
+    G = -p - dentropy * p * (log_p + H[:, None])
+    G[rows, t] += 1
+    return log_p[rows, t], H, G @ W.T, x.T @ G
+
+
+def numpy_kl(x: Any, W: Any, teacher_x: Any, teacher_W: Any) -> tuple[Any, Any, Any]:
+    """Compute the mean of KL(teacher ‖ student), dx and dW."""
+    log_p, log_q = _log_softmax(x, W), _log_softmax(teacher_x, teacher_W)
+    q = np.exp(log_q)
+    G = (np.exp(log_p) - q) / np.float32(len(x))
+    return (q * (log_q - log_p)).sum(axis=1).mean(), G @ W.T, x.T @ G
