@@ -42,15 +42,17 @@ def test_without_torch_jax_and_mpi_their_tests_and_doctests_are_skipped(tmp_path
     paths = "tests/mpi tests/mutants tests/test_distributed.py tests/test_jax.py tests/test_torch.py swl/distributed swl/torch"
     paths += " swl/jax.py swl/backends/registry.py docs/scale.md docs/torch.md"
     arguments = (*paths.split(), "--skipped-to", tmp_path / "skipped")
-    status, out = run(ROOT, *arguments, missing=("torch", "jax", "mpi4py"), CI="true")
+    status, out = run(ROOT, *arguments, missing=("torch", "transformers", "jax", "mpi4py"), CI="true")
     assert status == 0, out
     skipped = (tmp_path / "skipped").read_text().split()
     assert {"tests/test_torch.py", "swl/torch/_linear.py", "docs/torch.md", "tests/test_jax.py", "swl/jax.py"} < {
         *skipped
     }
     assert {"tests/test_distributed.py", "swl/distributed/head.py", "docs/scale.md"} < {*skipped}
-    assert "needs torch, needs JAX" in out
-    status, out = run(ROOT, f"@{tmp_path / 'skipped'}", "--require-peers", missing=("torch", "jax", "mpi4py"))
+    assert "needs torch, needs transformers, needs JAX" in out
+    status, out = run(
+        ROOT, f"@{tmp_path / 'skipped'}", "--require-peers", missing=("torch", "transformers", "jax", "mpi4py")
+    )
     assert status != 0
     assert "must not be skipped here: needs MPI" in out
 
