@@ -1,38 +1,26 @@
 """A classifier head whose classes are spread over the ranks of a communicator.
 
-Every rank has the same inputs ``x (N, D)`` and targets and a shard of the classes, ``W (D, C_k)``. A step is that of
-the fused head (`swl.ops.chunks`) on the shard, with the rows of the loss combined over the ranks between its two sweeps::
-
-    rows_k = forward(x·W_k)            M, S, d and A of each row, over the classes here
-    rows   = combine(rows_0, …)        O(N): the only thing the loss needs of other ranks
-    G_k    = backward(x·W_k, rows)     dW_k = xᵀ·G_k stays here
-    dx     = Σ_k G_k·W_kᵀ              one sum over the ranks
-
-The combining is shared out: each rank combines a P-th of the rows, in the order of the ranks, so the bits are the same
-on all of them, and the bytes sent do not grow with P or C.
+Every rank has the same inputs ``x (N, D)`` and targets and a shard of the classes, ``W (D, C_k)``; `swl.distributed.shard` has
+the mathematics.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
-from swl.backends import Backend, Rows, active, get, resolve
-from swl.backends.protocol import Target
-from swl.distributed.comm import agree, as_numpy, exchange, gather_numbers, in_blocks, sum_in_order
+from swl.backends import Backend, active, get, resolve
+from swl.distributed.comm import agree, as_numpy, exchange, gather_numbers, in_blocks
+from swl.distributed.shard import Classes, Shard, described, share_row_weight
 from swl.distributed.transport import over
 from swl.nn.base import LossLayer, bring
 from swl.ops import checks
-from swl.ops.affine import Operands, empty_like_weights
-from swl.ops.chunks import DEFAULT_BUDGET, Gradients, Plan, cuts, plan, sweep
-from swl.ops.loss import Problem, problem
-from swl.ops.rows import combine, row_loss
-from swl.ops.targets import CheckedTarget, ChunkedProbabilities
+from swl.ops.affine import Operands
+from swl.ops.chunks import DEFAULT_BUDGET, cuts, plan
+from swl.ops.loss import Problem
 from swl.ops.topk import Best
 from swl.options import OptionKwargs, Options
 
@@ -114,7 +102,8 @@ class ClassParallelHead(LossLayer):
         with self._scope():
             self.transport = over(comm, self._backend)
         self.sizes = [int(size) for size in gather_numbers(comm, self.W.shape[1])[:, 0]]
-        self.C, self.first = sum(self.sizes), sum(self.sizes[: comm.rank])
+        self.classes = Classes(comm, self.transport, self.sizes)
+        self.C, self.first = self.classes.total, self.classes.first
         if self.C == 0:
             raise ValueError("ClassParallelHead needs at least one class on one of the ranks")
         self.dW: Any = None
@@ -165,13 +154,9 @@ class ClassParallelHead(LossLayer):
 
     def _place_weight(self) -> str:
         with self._scope(weight=self.options.weight):
-            weight = checks.real_array(self._backend, "weight", bring(self._backend, "weight", self.options.weight))
-            if weight.shape == (self.C,):
-                weight = weight[self.first : self.first + self.W.shape[1]]
-            legal = f"one per class here; or ({self.C},), all classes"
-            checks.require_shape("weight", weight, (self.W.shape[1],), legal)
-            self._weight = weight
-        return str(weight.dtype)
+            weight = bring(self._backend, "weight", self.options.weight)
+            self._weight = self.classes.weight_here(self._backend, weight)
+        return str(self._weight.dtype)
 
     @property
     def _backend(self) -> Backend:
@@ -233,57 +218,15 @@ class ClassParallelHead(LossLayer):
 
         def describe() -> str:
             nonlocal p
-            p = self._check(x, t)
-            # what a device holds is waited for only where that was asked for
-            seen = _checksum if p.backend.xp is np or p.options.check else lambda array: "not looked at"
-            kind = "probabilities" if p.target.ids is None else f"ids with checksum {seen(p.target.ids)}"
-            assert isinstance(p.source, _Shard)
-            operands = p.source.operands
-            return (
-                f"x of shape {operands.x.shape} and {operands.x.dtype}, target of shape {p.leading}, {kind}, "
-                f"sample_weight with checksum {'none' if p.sample_weight is None else seen(p.sample_weight)}"
-            )
+            operands = Operands.of(self._backend, bring(self._backend, "x", x), self.W)
+            target = t if callable(t) else bring(self._backend, "t", t)
+            p = Shard(self.classes, operands, self.b, self.memory_budget).problem(target, self.options, self._weight)
+            return described(p)
 
         with self._scope(x=x, t=t):
             agree(self.comm, "ClassParallelHead.forward", describe)
             assert p is not None
-            return self._share_row_weight(p) if self._weight is not None else p
-
-    def _check(self, x: Any, t: Any) -> Problem:
-        """Make the problem of all classes, whose target has the columns here; no other rank is asked."""
-        backend, here = get(self.backend), self.W.shape[1]
-        if here != self.sizes[self.comm.rank]:
-            raise ValueError(f"W had {self.sizes[self.comm.rank]} classes when the head was made, and now has {here}")
-        operands = Operands.of(backend, bring(backend, "x", x), self.W)
-        leading, N, columns = operands.leading, operands.x2.shape[0], slice(self.first, self.first + here)
-        target: Any = t if callable(t) else bring(backend, "t", t)
-        if callable(t):
-            target = CheckedTarget(probs=ChunkedProbabilities(t, slice(0, N), columns), count=float(N))
-        elif target.shape in ((*leading, self.C), (*leading, here)) and target.shape != leading:
-            probs = checks.real_array(backend, "target of probabilities", target)
-            probs = (probs[..., columns] if target.shape[-1] == self.C else probs).reshape(N, here)
-            target = CheckedTarget(probs=probs, count=float(N))
-        acc, xp = checks.acc_dtype(operands.dtype(None)), backend.xp
-        options = self.options._replace(weight=None)
-        p = problem(backend, _Shard(self, operands), target, leading, self.C, acc, options, bias=self.b)
-        weight = None if self._weight is None else xp.ascontiguousarray(self._weight, dtype=acc)
-        return p._replace(target=p.target._replace(first_class=self.first, weight=weight))
-
-    def _share_row_weight(self, p: Problem) -> Problem:
-        """``m_n = w_{t_n}``, known to the rank that has the class, and the denominator that follows from it."""
-        xp, here, ids = p.backend.xp, self.W.shape[1], p.target.ids
-        if ids is None:
-            return p
-        m = xp.zeros(ids.size, p.acc)
-        if here:
-            local = ids - self.first
-            hit = (ids >= 0) & (local >= 0) & (local < here)
-            m = xp.where(hit, p.target.weight[xp.where(hit, local, 0)], p.acc.type(0))
-        sum_in_order(self.transport, xp, m)
-        if self.options.reduction == "mean" and self.options.denominator is None:
-            total = (m if p.sample_weight is None else m * p.sample_weight).sum(dtype=np.float64)
-            p = p._replace(denominator=float(total) if xp is np else total)
-        return p._replace(target=p.target._replace(row_weight=m))
+            return share_row_weight(p)
 
     def _give(self, gradients: Any) -> Any:
         dx, self.dW, self.db = gradients
@@ -392,120 +335,3 @@ class ClassParallelHead(LossLayer):
     def __repr__(self) -> str:
         D, here = self.W.shape
         return f"ClassParallelHead({D}, {self.C}; {here} on rank {self.comm.rank} of {self.comm.size})"
-
-
-class _Shard(NamedTuple):
-    """The logits of the classes here: formed in chunks, their rows combined over the ranks."""
-
-    head: ClassParallelHead
-    operands: Operands
-
-    @property
-    def home(self) -> dict[str, Any]:
-        return {"W": self.operands.W}
-
-    def forward(self, p: Problem, stats: bool) -> Rows:
-        return self._sweep(p, None, None, None, stats)
-
-    def forward_backward(self, p: Problem, dout: Any, stats: bool) -> tuple[Rows, Any]:
-        return self._gradients(p, dout, None, stats)
-
-    def backward(self, p: Problem, dout: Any, rows: Rows) -> Any:
-        return self._gradients(p, dout, rows, False)[1]
-
-    def probabilities(self, p: Problem, rows: Rows) -> Any:
-        raise NotImplementedError("the probabilities of a fused head are not formed")
-
-    def _cut(self, p: Problem) -> Plan:
-        """Plan the chunks: all ranks cut the rows alike, and a forward as a backward sweep does, for the same bits."""
-        N, D = self.operands.x2.shape
-        return plan(N, D, max(self.head.sizes), dtype=p.acc, memory_budget=self.head.memory_budget)
-
-    def _gradients(self, p: Problem, dout: Any, known: Rows | None, stats: bool) -> tuple[Rows, Any]:
-        head, (backend, x, x2, W, _) = self.head, self.operands
-        into = Gradients(
-            dx=backend.empty(x2.shape, p.acc),  # in the arithmetic's dtype until it is summed
-            dW=empty_like_weights(backend, W, W.dtype if self._cut(p).rows >= x2.shape[0] else p.acc),
-            db=None if head.b is None else backend.empty((W.shape[1],), p.acc),
-        )
-        rows = self._sweep(p, p.row_scale(dout), into, known, stats)
-        dx, dW, db = into
-        sum_in_order(head.transport, backend.xp, dx)
-        return rows, (
-            dx.astype(x2.dtype, copy=False).reshape(x.shape),
-            dW.astype(W.dtype, copy=False),
-            None if db is None else db.astype(head.b.dtype, copy=False),
-        )
-
-    def _sweep(self, p: Problem, scale: Any, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
-        x, W, cut, xp = self.operands.x2, self.operands.W, self._cut(p), p.backend.xp
-        blocks = list(cuts(x.shape[0], cut.rows))
-        across = self._across(p, iter(blocks), stats)
-        if W.shape[1]:
-            return sweep(p, x, W, cut, row_scale=scale, into=into, known=known, stats=stats, across=across)
-        # no classes here: nothing to add to any row, but a share in combining
-        if into is not None:
-            into.dx[...] = 0
-        if known is not None:
-            return known
-        parts = [across(*_nothing(p, start, stop, stats)) for start, stop in blocks]
-        return Rows.joined(xp, parts) if parts else _nothing(p, 0, 0, stats)[0]
-
-    def _across(
-        self, p: Problem, blocks: Iterator[tuple[int, int]], stats: bool
-    ) -> Callable[[Rows, Target, Any], Rows]:
-        """Make the function that combines the rows of a chunk over all ranks."""
-        xp, comm, transport = p.backend.xp, self.head.comm, self.head.transport
-        P, sizes = comm.size, self.head.sizes
-        kind = checks.F64 if stats else p.acc  # float64 holds class ids below 2⁵³
-        starts = [sum(sizes[:k]) for k in range(P)]
-
-        def packed(fields: list[Any]) -> Any:
-            return xp.stack([field.astype(kind, copy=False) for field in fields])
-
-        def across(rows: Rows, _: Target, plain: Any) -> Rows:
-            a, b = next(blocks)
-            if P == 1:
-                return rows
-            target = p.target.rows(a, b)
-            mine = target.rows(*in_blocks(b - a, P)[comm.rank])
-
-            def work(received: Any) -> Any:
-                parts = [_unpacked(part, p.acc) for part in received]
-                masses = [part[-1].astype(p.acc) if stats else None for part in received]
-                return packed(_fields(combine(xp, parts, mine, starts, masses), stats))
-
-            sent = packed([*_fields(rows, stats), plain] if stats else _fields(rows, stats))
-            whole = _unpacked(exchange(transport, xp, sent, work), p.acc)
-            with np.errstate(invalid="ignore"):
-                return whole._replace(loss=row_loss(xp, whole, target))
-
-        return across
-
-
-def _checksum(x: Any) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(as_numpy(x)).data):08x}"
-
-
-def _fields(rows: Rows, stats: bool) -> list[Any]:
-    """Choose what of a chunk's rows is sent."""
-    fields = [rows.row_max, rows.log_sum, rows.target_dot, rows.mass]
-    return [*fields, rows.entropy, rows.log_prob, rows.argmax] if stats else fields
-
-
-def _unpacked(part: Any, acc: Any) -> Rows:
-    """Undo the packing; there may be one more field at the end."""
-    plain = [field.astype(acc, copy=False) for field in part[:6]]
-    M, S, d, A = plain[:4]
-    if len(part) == 4:
-        return Rows(M, M, S, d, A)
-    return Rows(M, M, S, d, A, plain[4], plain[5], part[6].astype(np.int64))
-
-
-def _nothing(p: Problem, start: int, stop: int, stats: bool) -> tuple[Rows, Target, Any]:
-    """Rows of no classes: no maximum, no sum, no mass."""
-    xp, n = p.backend.xp, stop - start
-    zero = xp.zeros(n, p.acc)
-    top = xp.full(n, -np.inf, p.acc)
-    extra = (zero, zero, xp.zeros(n, np.int64)) if stats else ()
-    return Rows(zero, top, xp.full(n, np.nan, p.acc), zero, zero, *extra), p.target, zero
