@@ -202,7 +202,8 @@ def described(p: Problem) -> str:
     kind = "probabilities" if p.target.ids is None else f"ids with checksum {seen(p.target.ids)}"
     return (
         f"x of shape {operands.x.shape} and {operands.x.dtype}, target of shape {p.leading}, {kind}, "
-        f"sample_weight with checksum {'none' if p.sample_weight is None else seen(p.sample_weight)}"
+        f"sample_weight with checksum {'none' if p.sample_weight is None else seen(p.sample_weight)}, "
+        f"denominator {p.denominator if isinstance(p.denominator, float | None) else 'not looked at'}"
     )
 
 

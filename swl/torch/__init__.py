@@ -5,6 +5,7 @@ CPU tensors run on the active host backend, CUDA tensors on the CuPy backend, on
 
 from swl.torch._affine import affine
 from swl.torch._bridge import share_memory_pool
+from swl.torch._class_parallel import ClassParallelLinearCrossEntropyLoss, class_parallel_linear_cross_entropy
 from swl.torch._cross_entropy import cross_entropy
 from swl.torch._huggingface import apply_to
 from swl.torch._kl import linear_kl
@@ -15,11 +16,13 @@ from swl.torch._patch import Report, patch
 
 __all__ = [
     "Affine",
+    "ClassParallelLinearCrossEntropyLoss",
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
     "Report",
     "affine",
     "apply_to",
+    "class_parallel_linear_cross_entropy",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_kl",

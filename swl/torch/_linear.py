@@ -34,7 +34,7 @@ from swl.torch._loss import (
 from swl.torch._options import ACC, as_arrays, autocast_dtype, checked, packed, unpacked
 from swl.torch._stats import composed_stats, fake_kept, kept_stats, of_kept, of_rows, result
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["Formed", "linear_cross_entropy", "scale_gradients"]
 
 
 def linear_cross_entropy(
@@ -190,7 +190,7 @@ def _positions(
     )
 
 
-class _Formed(NamedTuple):
+class Formed(NamedTuple):
     """Inputs and weights as the source of a loss, whose gradients are tensors."""
 
     bridge: Bridge
@@ -234,10 +234,10 @@ def _head(
         names = [name for name, needed in zip(ALL, needs, strict=True) if needed]
         W, t = here.array(linear_weight.T), here.array(target)
         p = check_linear(here.backend, here.array(x), W, b, t, as_arrays(here, options), memory_budget, names)
-    return Loss(here, p._replace(source=_Formed(here, p.source)), x.shape[:1])
+    return Loss(here, p._replace(source=Formed(here, p.source)), x.shape[:1])
 
 
-def _scale(head: Loss, grads: list[Tensor | None], factor: Tensor) -> None:
+def scale_gradients(head: Loss, grads: list[Tensor | None], factor: Tensor) -> None:
     """Scale gradients in place; a row of dx that is ignored stays 0, also where the factor is not finite."""
     ids = head.problem.target.ids
     of_rows = factor if ids is None else torch.where(head.bridge.tensor(ids) >= 0, factor, 0)[:, None]
@@ -306,7 +306,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grads is None:
                 grads = head.backward(grad_output, rows)
             elif not head.bridge.on_host or grad_output.item() != 1.0:
-                _scale(head, grads, grad_output)
+                scale_gradients(head, grads, grad_output)
             dx, dW, db = grads
             dt = _target_gradient(head, rows, grad_output, x, W, target, bias, options) if d_target else None
         return dx, dW, dt, db, *others
