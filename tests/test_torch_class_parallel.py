@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -51,41 +51,40 @@ def ends(jobs: list[subprocess.Popen[str]], timeout: float = 90) -> list[tuple[i
     return found
 
 
-def on(ranks: int, meeting: Path, script: str) -> str:
-    """Run to a good end; gives what rank 0 printed."""
-    found = ends(start(ranks, meeting, script))
+FOUND = {
+    "options": "28 cases as in one process",
+    "disagree": "all that differs between ranks, or is wrong on one",
+    "meshes": "DTensors, FSDP2 and a mesh of two dimensions train as one process",
+    "bytes_sent": "bytes as in the model",
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "scripts"),
+    [
+        (1, ["options", "bytes_sent"]),
+        (2, ["options"]),
+        (3, ["options", "disagree", "bytes_sent"]),
+        (4, ["options", "meshes"]),
+    ],
+    ids=lambda case: str(case) if isinstance(case, int) else "-".join(case),
+)
+def test_shards_of_the_classes_give_the_loss_of_one_process(tmp_path: Path, ranks: int, scripts: list[str]) -> None:
+    """Each script says at its top what it holds; `bytes_sent` comes last, as it lets nothing else be sent."""
+    found = ends(start(ranks, tmp_path, "processes.py", *scripts))
     assert all(status == 0 for status, _, _ in found), "\n".join(err for _, _, err in found)
-    return found[0][1]
+    assert found[0][1] == "".join(f"{name}: {FOUND[name]}\n" for name in scripts)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_shards_of_the_classes_give_the_loss_of_one_process(tmp_path: Path, ranks: int) -> None:
-    """Loss and gradients for every option, uneven and empty shards; ranks agree bitwise."""
-    assert on(ranks, tmp_path, "options.py") == "28 cases\n"
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_bytes_sent_do_not_depend_on_the_classes(tmp_path: Path, ranks: int) -> None:
-    assert on(ranks, tmp_path, "bytes_sent.py") == "bytes as in the model\n"
-
-
-def test_what_differs_between_ranks_is_found_before_anything_is_sent(tmp_path: Path) -> None:
-    assert on(3, tmp_path, "disagree.py") == "all found\n"
-
-
-def test_meshes_dtensors_and_fsdp2_train_as_one_process(tmp_path: Path) -> None:
-    assert on(4, tmp_path, "meshes.py") == "as one process\n"
-
-
-@pytest.mark.parametrize("place", ["forward", "backward"])
-def test_a_killed_process_ends_the_others(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(("place", "ranks"), [("forward", 3), ("backward", 2)])
+def test_a_killed_process_ends_the_others(tmp_path: Path, place: str, ranks: int) -> None:
     """Long before the group's timeout, which is ten minutes here."""
-    found = ends(start(3, tmp_path, "faults.py", "killed", place))
-    assert found[2][0] == -signal.SIGKILL
-    for rank, (status, out, err) in enumerate(found[:2]):
+    *others, killed = ends(start(ranks, tmp_path, "faults.py", "killed", place))
+    assert killed[0] == -signal.SIGKILL
+    for rank, (status, out, err) in enumerate(others):
         assert status == 1
         assert out == ""
-        assert re.search(rf"RuntimeError: .*\nswl: rank {rank} of 3 was waiting for the others", unprefixed(err))
+        assert re.search(rf"RuntimeError: .*\nswl: rank {rank} of {ranks} was waiting for the others", unprefixed(err))
 
 
 def test_a_process_that_does_not_come_is_not_waited_for_beyond_the_timeout(tmp_path: Path) -> None:
@@ -107,17 +106,18 @@ def test_without_processes_that_know_each_other_the_error_says_what_to_do() -> N
         swl.torch.class_parallel_linear_cross_entropy(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]))
 
 
-def test_the_example_learns_as_one_process(tmp_path: Path) -> None:
+def test_the_example_learns_as_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """By torchrun, as the page says."""
     path = HERE.parent.parent / "examples" / "class_parallel_torch.py"
-
-    def losses(*launcher: Any) -> list[str]:
-        command = [sys.executable, *launcher, path, "--steps", "3", "--classes", "501", "--rows", "64"]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        return re.findall(r"loss .*", done.stdout)
-
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"
-    alone = losses(*torchrun, "1")
-    assert len(alone) == 1
-    assert losses(*torchrun, "2") == alone
+    arguments = [str(path), "--steps", "3", "--classes", "501", "--rows", "64"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", arguments)
+    with torch.random.fork_rng():
+        runpy.run_path(str(path), run_name="__main__")
+    alone = capsys.readouterr().out
+    assert alone.splitlines()[0] == "1 processes, 501 of 501 classes on the first"
+    assert done.stdout.splitlines() == ["2 processes, 251 of 501 classes on the first", alone.splitlines()[1]]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from swl.distributed.comm import gather_numbers
 from swl.distributed.shard import Classes, Shard, described, share_row_weight
@@ -212,7 +213,9 @@ class _Call(NamedTuple):
         if t.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("target requires a gradient, which is not computed; pass target.detach()")
         t = matrix(t) if probabilities else t.reshape(-1)
-        if route(flat, W, t, b, *options.arrays().values()) != "at hand":
+        with _disable_current_modes():  # one that counts or logs keeps nobody from the tensors' memory
+            way = route(flat, W, t, b, *options.arrays().values())
+        if way != "at hand":
             raise NotImplementedError(f"{NAME} needs plain tensors with memory, outside of transforms and compilers")
         dtype = torch.promote_types(x.dtype, t.dtype) if probabilities else x.dtype
         if autocast_dtype(x.device) is not None and not wide:

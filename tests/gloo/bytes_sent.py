@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from processes import RANK, SIZE, once, processes
+from processes import RANK, SIZE
 
 import swl.torch
 from swl.distributed.cost import agreement_bytes, step_bytes
@@ -56,18 +56,12 @@ def step(N: int, D: int, here: int, weighted: bool, budget: int, of_x: bool) -> 
     return float(mine)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    with processes():
-        count()
-        cases = itertools.product((1, 96, 301), (1, 24), (False, True), (20_000, 2**28), (True, False))
-        for N, D, weighted, budget, of_x in cases:
-            found = [step(N, D, here, weighted, budget, of_x) for here in (5, 500)]
-            want = SIZE * (step_bytes(N, D if of_x else 0, SIZE, weighted=weighted) + agreement_bytes(SIZE))
-            assert all(abs(got - want) < 1e-6 for got in found), (N, D, weighted, budget, of_x, found, want)
-            assert (want == 0) == (SIZE == 1)
-        once("bytes as in the model")
-
-
-if __name__ == "__main__":
-    main()
+def main() -> str:
+    count()
+    cases = itertools.product((1, 96, 301), (1, 24), (False, True), (20_000, 2**28), (True, False))
+    for N, D, weighted, budget, of_x in cases:
+        found = [step(N, D, here, weighted, budget, of_x) for here in (5, 500)]
+        want = SIZE * (step_bytes(N, D if of_x else 0, SIZE, weighted=weighted) + agreement_bytes(SIZE))
+        assert all(abs(got - want) < 1e-6 for got in found), (N, D, weighted, budget, of_x, found, want)
+        assert (want == 0) == (SIZE == 1)
+    return "bytes as in the model"

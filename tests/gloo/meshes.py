@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - as torch's own documentation calls it
-from processes import SIZE, once, processes
+from processes import SIZE
 from torch.distributed.device_mesh import init_device_mesh
 
 import swl.torch
@@ -153,16 +153,10 @@ def fsdp2(grid: Any) -> None:
     close(spread.body.weight.full_tensor(), single.body.weight.detach())
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    with processes():
-        mesh = init_device_mesh("cpu", (SIZE,), mesh_dim_names=("classes",))
-        grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "classes"))
-        like_loss_parallel(mesh)
-        other_layouts_are_refused(mesh, grid)
-        fsdp2(grid)
-        once("as one process")
-
-
-if __name__ == "__main__":
-    main()
+def main() -> str:
+    mesh = init_device_mesh("cpu", (SIZE,), mesh_dim_names=("classes",))
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "classes"))
+    like_loss_parallel(mesh)
+    other_layouts_are_refused(mesh, grid)
+    fsdp2(grid)
+    return "DTensors, FSDP2 and a mesh of two dimensions train as one process"

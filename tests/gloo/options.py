@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - as torch's own documentation calls it
-from processes import RANK, SIZE, once, processes
+from processes import RANK, SIZE
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import swl
 import swl.torch
@@ -171,29 +172,25 @@ def frozen() -> None:
     assert loss.isnan()
     assert (x0.grad == 0).all()
     assert head(x[:0], W[here], t[:0], denominator=1.0) == 0
-    # leading dimensions, and autocast
+    # leading dimensions, modes that look on, and autocast
     assert head(x.view(2, 4, 3), W[here], t.view(2, 4)) == head(x, W[here], t)
+    with FlopCounterMode(display=False):
+        assert head(x, W[here], t) == head(x, W[here], t)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = head(x.float(), W[here].float(), t)
     assert loss.dtype is torch.float32
     assert abs(loss - head(x, W[here], t)) < 0.05
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def main() -> str:
     number = 0
-    with processes():
-        for options in OPTIONS:
-            kinds = ["ids"] if "ignore_index" in options else ["ids", ["whole", "shard"][number % 2]]
-            for kind in kinds:
-                dtype = [torch.float64, torch.float32, torch.float64, torch.float32, torch.bfloat16][number % 5]
-                with swl.use_backend(["numba", "numpy"][number % 2]):
-                    one_case(number, options, kind, dtype, BUDGETS[number % 4 % 3])
-                number += 1
-        one_case(number, {"weight": True, "label_smoothing": 0.1}, "ids", torch.float16, DEFAULT_BUDGET)
-        frozen()
-        once(number, "cases")
-
-
-if __name__ == "__main__":
-    main()
+    for options in OPTIONS:
+        kinds = ["ids"] if "ignore_index" in options else ["ids", ["whole", "shard"][number % 2]]
+        for kind in kinds:
+            dtype = [torch.float64, torch.float32, torch.float64, torch.float32, torch.bfloat16][number % 5]
+            with swl.use_backend(["numba", "numpy"][number % 2]):
+                one_case(number, options, kind, dtype, BUDGETS[number % 4 % 3])
+            number += 1
+    one_case(number, {"weight": True, "label_smoothing": 0.1}, "ids", torch.float16, DEFAULT_BUDGET)
+    frozen()
+    return f"{number} cases as in one process"
