@@ -49,8 +49,8 @@ def main() -> None:
         optimizer.step()
         losses.append(loss.item())
     if rank == 0:
-        print(f"{size} processes, {head.shape[0]:,} of {args.classes:,} classes on the first")
-        print(f"loss {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
+        print(f"processes: {size}; classes of the first: {head.shape[0]:,} of {args.classes:,}")
+        print(f"loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
     dist.destroy_process_group()
 
 

@@ -119,5 +119,5 @@ def test_the_example_learns_as_one_process(monkeypatch: pytest.MonkeyPatch, caps
     with torch.random.fork_rng():
         runpy.run_path(str(path), run_name="__main__")
     alone = capsys.readouterr().out
-    assert alone.splitlines()[0] == "1 processes, 501 of 501 classes on the first"
-    assert done.stdout.splitlines() == ["2 processes, 251 of 501 classes on the first", alone.splitlines()[1]]
+    assert alone.splitlines()[0] == "processes: 1; classes of the first: 501 of 501"
+    assert done.stdout.splitlines() == ["processes: 2; classes of the first: 251 of 501", alone.splitlines()[1]]
