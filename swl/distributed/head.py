@@ -102,8 +102,7 @@ class ClassParallelHead(LossLayer):
         with self._scope():
             self.transport = over(comm, self._backend)
         self.sizes = [int(size) for size in gather_numbers(comm, self.W.shape[1])[:, 0]]
-        self.classes = Classes(comm, self.transport, self.sizes)
-        self.C, self.first = self.classes.total, self.classes.first
+        self.C, self.first = self._classes.total, self._classes.first
         if self.C == 0:
             raise ValueError("ClassParallelHead needs at least one class on one of the ranks")
         self.dW: Any = None
@@ -155,12 +154,16 @@ class ClassParallelHead(LossLayer):
     def _place_weight(self) -> str:
         with self._scope(weight=self.options.weight):
             weight = bring(self._backend, "weight", self.options.weight)
-            self._weight = self.classes.weight_here(self._backend, weight)
+            self._weight = self._classes.weight_here(self._backend, weight)
         return str(self._weight.dtype)
 
     @property
     def _backend(self) -> Backend:
         return get(self.backend)
+
+    @property
+    def _classes(self) -> Classes:
+        return Classes(self.comm, self.transport, self.sizes)
 
     def _scope(self, **arrays: Any) -> AbstractContextManager[object]:
         return self._backend.scope(W=self.W, **arrays)
@@ -220,7 +223,7 @@ class ClassParallelHead(LossLayer):
             nonlocal p
             operands = Operands.of(self._backend, bring(self._backend, "x", x), self.W)
             target = t if callable(t) else bring(self._backend, "t", t)
-            p = Shard(self.classes, operands, self.b, self.memory_budget).problem(target, self.options, self._weight)
+            p = Shard(self._classes, operands, self.b, self.memory_budget).problem(target, self.options, self._weight)
             return described(p)
 
         with self._scope(x=x, t=t):
