@@ -27,6 +27,7 @@ from swl.torch._group import Group
 from swl.torch._linear import Formed, scale_gradients
 from swl.torch._loss import Loss, batched, check, require_tensors, route
 from swl.torch._options import as_arrays, autocast_dtype, checked
+from swl.torch._stats import of_rows, result
 
 __all__ = ["ClassParallelLinearCrossEntropyLoss", "class_parallel_linear_cross_entropy"]
 
@@ -46,12 +47,13 @@ def class_parallel_linear_cross_entropy(
     ignore_index: int = DEFAULTS.ignore_index,
     label_smoothing: float = 0.0,
     memory_budget: int = DEFAULT_BUDGET,
+    stats: bool = False,
     **extra: Unpack[ExtraKwargs],
-) -> Tensor:
+) -> Any:
     """Compute `linear_cross_entropy` over classes that are spread over the processes of a group.
 
     All ranks of the group call it together, and `backward` too, with the same `input` and `target`. Of each row they exchange
-    four numbers in forward, five with class weights; backward adds up ``dx`` in one all-reduce.
+    four numbers in forward, and one more with class weights; backward adds up ``dx`` in one all-reduce.
 
     Parameters
     ----------
@@ -75,11 +77,15 @@ def class_parallel_linear_cross_entropy(
         As in `cross_entropy`; the same on all ranks.
     memory_budget : int
         Bytes of working memory of a rank, inputs and gradients not counted.
+    stats : bool
+        Also return a `swl.RowStats`; then eight float64 numbers of a row are exchanged in place of four.
 
     Returns
     -------
-    Tensor
+    loss : Tensor
         As `linear_cross_entropy`: the same bits on every rank.
+    stats : RowStats of tensors
+        Only with ``stats=True``; likewise.
 
     Raises
     ------
@@ -120,15 +126,15 @@ def class_parallel_linear_cross_entropy(
         b = local("linear_bias", linear_bias, mesh, 0, replicated=False)
         others: Any = {name: local(name, value, mesh) for name, value in extra.items()}
         options = checked(x, local("weight", weight, mesh, 0), reduction, ignore_index, label_smoothing, others)
-        call = _Call.of(ranks, counted, x, W, t, b, options, memory_budget)
+        call = _Call.of(ranks, counted, x, W, t, b, options, memory_budget, stats)
         done = call.loss()
         return f"{described(done.problem)}, {call}"
 
     ranks.agree(NAME, prepare)
     assert call is not None
     assert done is not None
-    loss = call.run(done)
-    return loss.view(call.leading) if reduction == "none" else loss
+    loss, *others = call.run(done)
+    return result((loss.view(call.leading) if reduction == "none" else loss, *others), call.leading)
 
 
 def _group(process_group: Any, mesh: Any) -> Any:
@@ -167,6 +173,7 @@ class _Call(NamedTuple):
     b: Tensor | None
     options: Options
     memory_budget: int
+    stats: bool
     leading: torch.Size
     dtype: torch.dtype  # of the loss
     needs: tuple[bool, bool, bool]  # of x, W and b
@@ -182,6 +189,7 @@ class _Call(NamedTuple):
         b: Tensor | None,
         options: Options,
         memory_budget: int,
+        stats: bool,
     ) -> _Call:
         """Check everything in torch's terms."""
         wide = x.dtype is torch.float64
@@ -222,7 +230,7 @@ class _Call(NamedTuple):
             dtype = torch.float32
         asked = torch.is_grad_enabled()
         needs = asked and x.requires_grad, asked and W.requires_grad, asked and b is not None and b.requires_grad
-        return cls(ranks, sizes, flat, W, t, b, options, memory_budget, leading, dtype, needs)
+        return cls(ranks, sizes, flat, W, t, b, options, memory_budget, stats, leading, dtype, needs)
 
     def __str__(self) -> str:
         """Say what must be the same on all ranks, beside what the shard says."""
@@ -230,7 +238,7 @@ class _Call(NamedTuple):
         given = [name for name, value in self.options.arrays().items() if value is not None]
         return (
             f"linear_weight of {self.W.dtype}, linear_bias {'absent' if self.b is None else 'given'}, sizes {self.sizes}, "
-            f"memory_budget {self.memory_budget}, options {plain}, tensors {given}, gradient of input "
+            f"memory_budget {self.memory_budget}, stats {self.stats}, options {plain}, tensors {given}, gradient of input "
             f"{'wanted' if self.needs[0] else 'not wanted'}"
         )
 
@@ -238,14 +246,15 @@ class _Call(NamedTuple):
         """Bring everything to the backend, and check what only it can."""
         return _loss(self.x, self.W, self.t, self.b, self)
 
-    def run(self, loss: Loss) -> Tensor:
-        """Compute the loss; from here on the ranks depend on each other."""
+    def run(self, loss: Loss) -> tuple[Tensor, ...]:
+        """Compute the loss, and the by-products if asked; from here on the ranks depend on each other."""
         with loss.bridge.scope():
             loss = loss._replace(problem=share_row_weight(loss.problem))
         if any(self.needs):
             return _ClassParallel.apply(self.x, self.W, self.b, self, loss)
         with loss.bridge.scope():
-            return loss.reduce(loss.forward().loss, self.dtype)
+            rows = loss.forward(self.stats)
+            return loss.reduce(rows.loss, self.dtype), *of_rows(loss, rows)
 
 
 def _standing_in(t: Tensor, *shape: int) -> Tensor:
@@ -274,22 +283,24 @@ class _ClassParallel(torch.autograd.Function):
     """See the module's text."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, call: _Call, loss: Loss) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, call: _Call, loss: Loss) -> tuple[Tensor, ...]:
         p, here = loss.problem, loss.bridge
         loss = loss._replace(problem=p._replace(source=Formed(here, p.source)))
         with here.scope():
             ctx.gradients = None
             if call.options.reduction != "none" and x.dtype is not torch.float16:
-                rows, ctx.gradients = loss.both()
+                rows, ctx.gradients = loss.both(call.stats)
             else:
-                rows = loss.forward()
+                rows = loss.forward(call.stats)
             ctx.save_for_backward(x, W, call.t, b)
             ctx.rows, ctx.shared = rows, (p.target.row_weight, p.denominator)
             ctx.call = call._replace(x=None, W=None, t=None, b=None)
-            return loss.reduce(rows.loss, call.dtype)
+            extra = of_rows(loss, rows)
+            ctx.mark_non_differentiable(*extra)
+            return loss.reduce(rows.loss, call.dtype), *extra
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
         if torch.is_grad_enabled() or batched(grad_output):
             raise NotImplementedError(
                 f"{NAME} has first derivatives only, one at a time: no create_graph, no is_grads_batched"
@@ -360,8 +371,10 @@ class ClassParallelLinearCrossEntropyLoss(torch.nn.Module):
         linear_weight: Tensor,
         target: Tensor,
         linear_bias: Tensor | None = None,
+        *,
+        stats: bool = False,
         **extra: Unpack[ExtraKwargs],
-    ) -> Tensor:
+    ) -> Any:
         """Compute the loss; options given here, as `sample_weight` of a batch, come before those of the module."""
         if self.sizes is None:
             mesh = mesh_of(linear_weight)
@@ -378,6 +391,7 @@ class ClassParallelLinearCrossEntropyLoss(torch.nn.Module):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             memory_budget=self.memory_budget,
+            stats=stats,
             **(self.extra | extra),
         )
 

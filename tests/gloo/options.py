@@ -120,11 +120,15 @@ def one_case(number: int, options: dict[str, Any], kind: str, dtype: torch.dtype
         *shard[:2], given, linear_bias=shard[2], memory_budget=budget, **local
     )
     with torch.no_grad():
-        silent = swl.torch.class_parallel_linear_cross_entropy(
-            *shard[:2], given, linear_bias=shard[2], memory_budget=budget, sizes=sizes, **local
+        silent, stats = swl.torch.class_parallel_linear_cross_entropy(
+            *shard[:2], given, linear_bias=shard[2], memory_budget=budget, sizes=sizes, stats=True, **local
         )
+        _, single_stats = swl.torch.linear_cross_entropy(*alone[:2], t, linear_bias=alone[2], stats=True, **options)
     assert torch.equal(silent, loss.detach())
     assert not silent.requires_grad
+    counts = t != options.get("ignore_index", -100) if kind == "ids" else slice(None)
+    for name, a, one in zip(stats._fields, stats, single_stats, strict=True):
+        near(f"case {number}: {name}", a[counts], one[counts], 3 * max(TOLERANCES[dtype], 1e-15))
     got = results(loss, *shard)
     for name, a, one, right in zip(("loss", "dx", "dW", "db"), got, single, want, strict=False):
         of_shard = name in ("dW", "db")
@@ -172,6 +176,9 @@ def frozen() -> None:
     assert loss.isnan()
     assert (x0.grad == 0).all()
     assert head(x[:0], W[here], t[:0], denominator=1.0) == 0
+    loss, stats = head(x.clone().requires_grad_(), W[here], t, stats=True)
+    assert loss.requires_grad
+    assert not any(of_row.requires_grad for of_row in stats)
     # leading dimensions, modes that look on, and autocast
     assert head(x.view(2, 4, 3), W[here], t.view(2, 4)) == head(x, W[here], t)
     with FlopCounterMode(display=False):
