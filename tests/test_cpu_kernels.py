@@ -210,7 +210,11 @@ def test_the_small_way_is_the_general_way_to_the_bit() -> None:
     rng = np.random.default_rng(0)
     for dtype in (np.float32, np.float64):
         z = rng.standard_normal((67, 300)).astype(dtype)
-        for t in (rng.integers(0, 300, 67), np.full(67, -100), np.where(np.arange(67) % 3, 7, -100)):
+        hot = np.eye(300, dtype=bool)[rng.integers(0, 300, 67)]
+        kinds = [hot.astype(kind) for kind in ("?", "i8", "f2", "f4", "f8")] + [
+            rng.dirichlet(np.ones(300), 67).T.copy().T
+        ]
+        for t in (rng.integers(0, 300, 67), np.full(67, -100), np.where(np.arange(67) % 3, 7, -100), *kinds):
             with swl.use_backend("numba"):
                 loss, grad = swl.cross_entropy_value_and_grad(z, t)
                 expected, general, _ = swl.cross_entropy_value_and_grad(z, t, stats=True)
@@ -221,6 +225,15 @@ def test_the_small_way_is_the_general_way_to_the_bit() -> None:
                 again, out = swl.cross_entropy_value_and_grad(in_place, t, out=in_place)
                 assert out is in_place
                 assert again.tobytes() + out.tobytes() == loss.tobytes() + grad.tobytes()
+
+
+def test_a_gradient_over_its_own_target_is_refused_at_every_size() -> None:
+    for N in (6, 40_000):
+        z, q = np.zeros((N, 10)), np.full((N, 10), 0.1)
+        for out in (q, q[::-1]):
+            with swl.use_backend("numba"), pytest.raises(ValueError, match="out overlaps target"):
+                swl.cross_entropy_value_and_grad(z, q, out=out)
+        assert (q == 0.1).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

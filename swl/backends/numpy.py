@@ -142,7 +142,7 @@ class NumpyBackend:
         self.cross_entropy_backward(logits, target, rows, row_scale, out)
         return rows
 
-    def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+    def plain_loss(self, logits: Any, target: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
         return None
 
     def total(self, x: Any) -> Any:

@@ -186,8 +186,8 @@ class Backend(Protocol):
     def total(self, x: Any) -> Any:
         """Sum a vector, of dtype acc, in float64: a number on a host, a 0-d array on a device."""
 
-    def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
-        """Compute Σ loss over class ids without options, how many count, and the mean's gradient into `out` unless None.
+    def plain_loss(self, logits: Any, target: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+        """Compute Σ loss without options, how many rows count, and the mean's gradient into `out` unless None.
 
         All in one call, for problems so small that calls are what takes time, and to the same bits as the operations above.
         Unlike theirs, the arguments were not checked: None, with nothing written, says that those operations must do it.

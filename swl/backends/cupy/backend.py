@@ -683,7 +683,7 @@ class CupyBackend:
 
     # -------------------------------------------------------------------------------------------- the host's side
 
-    def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+    def plain_loss(self, logits: Any, target: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
         return None
 
     def total(self, x: Any) -> Any:

@@ -223,21 +223,28 @@ class NumbaBackend(NumpyBackend):
         packed = np.stack((rows.row_max, rows.row_max, rows.log_sum, rows.log_sum, rows.mass))
         self._sweep(logits, target, packed, _NO_IDS, row_scale, out, kernels.BACKWARD)
 
-    def plain_loss(self, logits: Any, ids: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+    def plain_loss(self, logits: Any, target: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
         acc = logits.dtype
         if acc not in _NONE or logits.ndim != 2:
             return None
         N, C = shape = logits.shape
-        if ids.shape != (N,) or not N * C:
-            return None
-        if not (ids.dtype == _I64 and ids.flags.carray and logits.flags.carray):  # else they would compile once more
-            return None
-        if not -_BEYOND <= ignore_index < _BEYOND:
+        if not (N * C and logits.flags.carray and -_BEYOND <= ignore_index < _BEYOND):
             return None
         if out is not None and (out.dtype != acc or out.shape != shape or not out.flags.carray):
             return None
+        ids, probs = _NO_IDS, _NO_PROBS[acc]
+        if (
+            target.shape == (N,) and target.dtype == _I64 and target.flags.carray
+        ):  # of another form it would be compiled again
+            ids = target
+        elif target.shape == shape and C > 1 and target.dtype.kind in "fiub":
+            probs = np.ascontiguousarray(target, acc)
+            if out is not None and np.may_share_memory(out, target):
+                return None
+        else:
+            return None
         room = scratch(kernels.plain_room(N, C, acc.itemsize), acc)
-        total, count = kernels.plain_loss(logits, ids, ignore_index, _NO_OUT[acc] if out is None else out, room)
+        total, count = kernels.plain_loss(logits, ids, probs, ignore_index, _NO_OUT[acc] if out is None else out, room)
         return None if count < 0 else (total, count)
 
     def by_rows(self, work: Callable[[int, int], object], n_rows: int, row_size: int) -> None:

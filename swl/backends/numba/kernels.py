@@ -341,8 +341,8 @@ def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean:
 
 
 @_kernel
-def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any, room: Any) -> Any:
-    """Return Σ loss and Σ m; write the gradient of the mean unless `out` has no rows.
+def plain_loss(logits: Any, ids: Any, probs: Any, ignore_index: int, out: Any, room: Any) -> Any:
+    """Return Σ loss and Σ m; write the gradient of the mean unless `out` has no rows. One of `ids` and `probs` has no rows.
 
     −1 in place of Σ m, with nothing written, says that an id is bad, or that `out` overlaps the logits and is not the same array.
     `room` is scratch of `plain_room` numbers, in which all arrays lie that `sweep` has from elsewhere.
@@ -352,18 +352,20 @@ def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any, room: Any) ->
     if 0 < between < out.size * out.itemsize:
         return 0.0, -1.0
     at_rows, at_scale, at_room, size = _plain_layout(N, C, logits.itemsize)
-    clean, argmax = carray(address_in(room, 0), N, np.int64), carray(address_in(room, 0), 0, np.int64)
+    clean, argmax = carray(address_in(room, 0), ids.size, np.int64), carray(address_in(room, 0), 0, np.int64)
     rows, loss = carray(address_in(room, at_rows), (5, N), room.dtype), carray(address_in(room, at_rows), N, room.dtype)
-    none, no_probs = carray(address_in(room, 0), 0, room.dtype), carray(address_in(room, 0), (1, 0), room.dtype)
+    none = carray(address_in(room, 0), 0, room.dtype)
     bad, count = prepare_ids(ids, C, ignore_index, none, clean, none)
     if bad >= 0:
         return 0.0, -1.0
+    if not ids.size:
+        count = float(N)
     scale, flags = none, FORWARD
     if out.size:
         scale, flags = carray(address_in(room, at_scale), 1, room.dtype), FORWARD | BACKWARD
         scale[0] = 1.0 / count if count > 0 else 0.0
     sweep(
-        read_only(logits), out, 0, clean, read_only(no_probs), none, none, none, scale, rows, argmax,
+        read_only(logits), out, 0, clean, read_only(probs), none, none, none, scale, rows, argmax,
         PLAIN, 0, flags, carray(address_in(room, at_room), size - at_room, room.dtype),
     )  # fmt: skip
     return total(loss), count
