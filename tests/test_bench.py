@@ -38,6 +38,7 @@ TINY = [
     Case("", "after", (), partial(cases.after_product, 6, 5)),
     Case("", "threads", (), partial(cases.threads, 6, 5, "float32", {"softcap": 3.0}), own="all threads"),
     Case("", "step", (), partial(cases.training_step, 9, 8, 7, 5)),
+    Case("book", "step", (), partial(cases.training_step, 9, 8, 7, 5, True)),
 ]  # fmt: skip
 
 

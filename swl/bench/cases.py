@@ -299,15 +299,19 @@ def threads(N: int, C: int, dtype: str, options: dict[str, Any]) -> Built:
     return calls, expected, 1e-4
 
 
-def training_step(N: int, D: int, H: int, C: int) -> Built:
-    """Compare steps of a network of two layers: forward, loss, backward, SGD. Checked are the gradients."""
-    rng = np.random.default_rng(0)
-    x, t = rng.standard_normal((N, D), np.float32), rng.integers(0, C, N)
+def training_step(N: int, D: int, H: int, C: int, book: bool = False) -> Built:
+    """Compare steps of a network of two layers: forward, loss, backward, SGD. Checked are the gradients.
+
+    In float32 over class ids; or with the types that the book's code gives, float64 parameters and one-hot rows.
+    """
+    rng, dtype = np.random.default_rng(0), np.dtype(np.float64 if book else np.float32)
+    x, ids = rng.standard_normal((N, D), np.float32), rng.integers(0, C, N)
+    t: Any = np.eye(C)[ids] if book else ids
     start = [
-        (rng.standard_normal(shape, np.float32) / np.float32(shape[0] ** 0.5)) if len(shape) == 2 else np.zeros(shape, np.float32)
+        (rng.standard_normal(shape) / shape[0] ** 0.5).astype(dtype) if len(shape) == 2 else np.zeros(shape, dtype)
         for shape in ((D, H), (H,), (H, C), (C,))
-    ]  # fmt: skip
-    lr = np.float32(1e-6)  # the numbers stay what they are, however many steps
+    ]
+    lr = dtype.type(1e-6)  # the numbers stay what they are, however many steps
 
     W1, b1, W2, b2 = (p.copy() for p in start)
 
@@ -315,7 +319,7 @@ def training_step(N: int, D: int, H: int, C: int) -> Built:
         h = x @ W1 + b1
         positive = h > 0
         h *= positive
-        _, dz = peers.numpy_loss(h @ W2 + b2, t)
+        _, dz = peers.book_loss(h @ W2 + b2, t) if book else peers.numpy_loss(h @ W2 + b2, t)
         dh = dz @ W2.T
         dh *= positive
         gradients = x.T @ dh, dh.sum(axis=0), h.T @ dz, dz.sum(axis=0)
@@ -345,7 +349,9 @@ def training_step(N: int, D: int, H: int, C: int) -> Built:
         with torch.no_grad():
             for p, value in zip(module.parameters(), start, strict=True):
                 p.copy_(torch.from_numpy(value.T.copy() if value.ndim == 2 else value))
-        sgd, xt, tt = torch.optim.SGD(module.parameters(), lr=float(lr)), torch.from_numpy(x), torch.from_numpy(t)
+        module = module.to(torch.from_numpy(start[0]).dtype)
+        xt, tt = torch.from_numpy(x.astype(dtype)), torch.from_numpy(t)
+        sgd = torch.optim.SGD(module.parameters(), lr=float(lr))
 
         def eager() -> Any:
             sgd.zero_grad()
@@ -410,7 +416,8 @@ def _cases() -> Iterator[Case]:
         title = ", ".join((f"{N} × {C}", dtype, *options))
         yield Case(title, "threads", names, partial(threads, N, C, dtype, options), own="all threads")
     names = ("swl", "NumPy by hand", "torch")
-    yield Case("784-50-10, batch of 100", "step", names, partial(training_step, 100, 784, 50, 10))
+    for title, book in (("784-50-10, batch of 100", False), ("784-50-10, batch of 100, the book's types", True)):
+        yield Case(title, "step", names, partial(training_step, 100, 784, 50, 10, book))
 
 
 CASES = {f"{case.group}: {case.title}": case for case in _cases()}
