@@ -117,7 +117,7 @@ def test_the_command_prints_a_table_and_draws(capsys: Any, tmp_path: Path, monke
     [
         (
             ["nonsense"],
-            "GROUP may be losses, forward, dtypes, small, affine, products, head, after, threads, step or all, got 'nonsense'",
+            f"GROUP may be {', '.join(GROUPS)} or all, got 'nonsense'",
         ),
         (["--plot", "x.xyz"], "must end in .png, .svg or .pdf"),
         (["--rounds", "0"], "must be finite and at least 1, got 0"),

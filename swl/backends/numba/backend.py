@@ -14,6 +14,7 @@ from swl.backends.host.memory import MEMORY
 from swl.backends.host.threads import POOL
 from swl.backends.numba import gemm as _gemm
 from swl.backends.numba import kernels
+from swl.backends.numba.halves import BITS, bits_of, read_only, round_into, widened_rows
 from swl.backends.numba.products import product
 from swl.backends.numba.scratch import scratch
 from swl.backends.numba.simd import reads_halves
@@ -52,8 +53,7 @@ _BEYOND = 1 << 63
 _F32, _F64, _I64 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
 _NONE = {dtype: np.empty(0, dtype) for dtype in (_F32, _F64)}
 _NO_IDS = np.empty(0, np.int64)
-_BITS = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}  # as in `swl.backends.numba.simd`
-_NO_OUT = {dtype: np.empty((0, 0), dtype) for dtype in (_F32, _F64, *_BITS.values())}
+_NO_OUT = {dtype: np.empty((0, 0), dtype) for dtype in (_F32, _F64, *BITS.values())}
 READS_HALVES = reads_halves()
 """Whether rows of 16-bit numbers go to the kernels as they are; else they are copied to float32 some at a time."""
 
@@ -67,13 +67,6 @@ def _threads() -> str:
     return f"{POOL.threads} ({default.source if default.number == POOL.threads else 'set_num_threads'})"
 
 
-def _read_only(x: Any) -> Any:
-    """View an operand as read-only: a type of its own to Numba, which would compile once for each mixture of the two."""
-    x = x.view()
-    x.flags.writeable = False
-    return x
-
-
 def _vector(x: Any | None, dtype: Any) -> Any:
     """Give a vector as the kernels take it: contiguous, and writeable, of which they make no use."""
     return _NONE[dtype] if x is None else x if x.flags.carray else MEMORY.allocate(x.copy)
@@ -84,35 +77,13 @@ def _fits(x: Any, acc: Any) -> bool:
     return x is None or bool(x.dtype == acc and x.flags.c_contiguous and x.flags.aligned)
 
 
-_NO_PROBS = {dtype: _read_only(np.empty((1, 0), dtype)) for dtype in (_F32, _F64)}
-
-
-def _bits(dtype: Any) -> Any:
-    """Return the dtype as which the kernels know a 16-bit one, None for any other."""
-    return _BITS.get(dtype.name) if dtype.isnative else None
+_NO_PROBS = {dtype: read_only(np.empty((1, 0), dtype)) for dtype in (_F32, _F64)}
 
 
 def _staged(x: Any, dtype: Any) -> Any:
     """Copy some rows to the form that the kernels take."""
-    bits = _bits(x.dtype) if dtype == _F32 else None
-    if bits is None:
-        return MEMORY.allocate(np.array, x, dtype, order="C")
-    z = MEMORY.allocate(np.empty, x.shape, dtype)
-    kernels.convert(_read_only(MEMORY.allocate(np.ascontiguousarray, x).view(bits)), z)
-    return z
-
-
-def _unstage(g: Any, out: Any) -> None:
-    """Round some rows to where they go."""
-    bits = _bits(out.dtype)
-    if bits is None:
-        out[...] = g
-    elif out.flags.c_contiguous and out.flags.aligned:
-        kernels.convert(_read_only(g), out.view(bits))
-    else:
-        rounded = MEMORY.allocate(np.empty, g.shape, bits)
-        kernels.convert(_read_only(g), rounded)
-        out[...] = rounded.view(out.dtype)
+    bits = bits_of(x.dtype) if dtype == _F32 else None
+    return MEMORY.allocate(np.array, x, dtype, order="C") if bits is None else widened_rows(x, bits)
 
 
 class NumbaBackend(NumpyBackend):
@@ -150,7 +121,7 @@ class NumbaBackend(NumpyBackend):
         w = _vector(weight, m.dtype)
         if not (ids.dtype.isnative and ids.flags.aligned and ids.flags.c_contiguous):
             ids = MEMORY.allocate(np.array, ids, ids.dtype.newbyteorder("="), order="C")
-        bad, total = kernels.prepare_ids(_read_only(ids), n_classes, ignore_index, w, clean, m)
+        bad, total = kernels.prepare_ids(read_only(ids), n_classes, ignore_index, w, clean, m)
         if bad >= 0:
             raise_bad_id(ids, bad, n_classes, ignore_index)
         return clean, None if weight is None else m, total
@@ -168,12 +139,12 @@ class NumbaBackend(NumpyBackend):
             _vector(row_scale, acc),
             rows,
             argmax,
-            _read_only(np.array([getattr(target, name) for name in kernels.NUMBERS])),
+            read_only(np.array([getattr(target, name) for name in kernels.NUMBERS])),
             target.first_class,
             flags,
         )
         form = acc  # of the logits and their gradient
-        if READS_HALVES and (bits := _bits(logits.dtype)) and (out is None or out.dtype == logits.dtype):
+        if READS_HALVES and (bits := bits_of(logits.dtype)) and (out is None or out.dtype == logits.dtype):
             form = bits
             logits, out = logits.view(form), None if out is None else out.view(form)
         as_it_is = _fits(logits, form), _fits(target.probs, acc), _fits(out, form)
@@ -187,16 +158,16 @@ class NumbaBackend(NumpyBackend):
                 z = logits[a:b] if as_it_is[0] else _staged(logits[a:b], form)
                 q = _NO_PROBS[acc]
                 if target.probs is not None:
-                    q = _read_only(target.probs[a:b] if as_it_is[1] else _staged(target.probs[a:b], acc))
+                    q = read_only(target.probs[a:b] if as_it_is[1] else _staged(target.probs[a:b], acc))
                 if out is None:
                     g = _NO_OUT[form]
                 elif as_it_is[2]:
                     g = out[a:b]
                 else:
                     g = MEMORY.allocate(np.empty, z.shape, form) if as_it_is[0] else z
-                kernels.sweep(_read_only(z), g, a, ids, q, *options, scratch(room, acc))
+                kernels.sweep(read_only(z), g, a, ids, q, *options, scratch(room, acc))
                 if not as_it_is[2]:
-                    _unstage(g, out[a:b])
+                    round_into(g, out[a:b])
 
         POOL.run(work, N, -(-GRAIN // C))
 

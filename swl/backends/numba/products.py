@@ -20,7 +20,7 @@ from swl.backends.host.threads import PIECES, POOL
 from swl.backends.numba import gemm as _gemm
 from swl.backends.numba.gemm import gemm
 from swl.backends.numba.gemm_tile import LINE, ROWS, VECTORS
-from swl.backends.numpy import acc
+from swl.backends.numba.halves import round_into, widened
 
 __all__ = ["product"]
 
@@ -70,14 +70,14 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
         parts = -(-n // add) if add else 1 << (min(TILES, max(1, max(m, n) // narrowest)).bit_length() - 1)
         rows, columns = (1, parts) if n >= m or add else (parts, 1)  # a power of two shares out evenly
         # a 16-bit operand that all tiles share is converted once, the other one tile by tile
-        a, b = (MEMORY.allocate(acc, a), b) if rows == 1 else (a, MEMORY.allocate(acc, b))
+        a, b = (_acc(a), b) if rows == 1 else (a, _acc(b))
 
     multiply = np.matmul if shared else matmul  # the threads that share it are held to one each below
 
     def tile(i: int, j: int) -> None:
         across, down = _part(m, rows, i, high), _part(n, columns, j, wide)
         new = MEMORY.allocate
-        left, right, here = new(acc, a[across]), new(acc, b[:, down]), out[across, down]
+        left, right, here = _acc(a[across]), _acc(b[:, down]), out[across, down]
         y = here if in_place else new(np.empty, here.shape, np.result_type(left, right))
         if compiled:
             left, right = (new(x.astype, y.dtype, copy=False) for x in (left, right))
@@ -92,8 +92,8 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
             here += y
             return
         if add:
-            y += here
-        here[...] = y
+            y += _acc(here)
+        round_into(y, here)
 
     def tiles(begin: int, end: int) -> None:
         for index in range(begin, end):
@@ -104,6 +104,11 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
         return
     with nullcontext() if compiled else one_thread_each(POOL.threads):
         POOL.run(tiles, rows * columns)
+
+
+def _acc(x: Any) -> Any:
+    """Bring a matrix to the dtype that arithmetic uses."""
+    return x if x.dtype in _ACC else widened(x)
 
 
 def _part(total: int, parts: int, i: int, unit: int) -> slice:
