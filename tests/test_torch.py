@@ -504,8 +504,8 @@ def test_opcheck() -> None:
     x, t, W, b = torch.randn(6, 5, requires_grad=True), IDS, torch.randn(5, 5, requires_grad=True), torch.randn(5)
     options = packed(Options(label_smoothing=0.1))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.swl.cross_entropy, (x, t, *options, torch.float32), test_utils=tests)
-    head = (x, W, t, b, *options, 2**20, torch.float32)
+    torch.library.opcheck(torch.ops.swl.cross_entropy, (x, t, *options, torch.float32, True), test_utils=tests)
+    head = (x, W, t, b, *options, 2**20, torch.float32, True)
     torch.library.opcheck(torch.ops.swl.linear_cross_entropy, head, test_utils=tests)
     torch.library.opcheck(torch.ops.swl.affine, (x, W, b), test_utils=tests)
 

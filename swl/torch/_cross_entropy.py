@@ -223,7 +223,7 @@ def _operation(
     ignore_index: int,
     numbers: Sequence[float],
     dtype: torch.dtype,
-    stats: bool = False,
+    stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = unpacked(tensors, names, reduction, ignore_index, numbers)
     loss = Loss.of(input, target, options, target.shape == input.shape)
@@ -242,7 +242,7 @@ def _(
     ignore_index: Any,
     numbers: Any,
     dtype: Any,
-    stats: bool = False,
+    stats: Any,
 ) -> Any:
     shape = rows_shape(input)
     loss = input.new_empty(shape if reduction == "none" else (), dtype=dtype)

@@ -338,7 +338,7 @@ def _operation(
     numbers: Sequence[float],
     memory_budget: int,
     dtype: torch.dtype,
-    stats: bool = False,
+    stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = unpacked(tensors, names, reduction, ignore_index, numbers)
     head = _head(x, linear_weight, target, bias, options, memory_budget)
@@ -360,7 +360,7 @@ def _(
     numbers: Any,
     memory_budget: Any,
     dtype: Any,
-    stats: bool = False,
+    stats: Any,
 ) -> Any:
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=dtype)
     return loss, *fake_kept(x, x.shape[0], stats)

@@ -497,8 +497,8 @@ def test_tensors_are_worked_on_on_their_device_and_torchs_stream(
         found = [
             gradients(swl.torch.cross_entropy(swl.torch.affine(*leaves), t, **options)),
             gradients(swl.torch.linear_cross_entropy(x, W, t, linear_bias=b, **options)),
-            gradients(ops.cross_entropy(ops.affine(*leaves), t, *traced, torch.float32)[0]),
-            gradients(ops.linear_cross_entropy(x, W, t, b, *traced, 1 << 20, torch.float32)[0]),
+            gradients(ops.cross_entropy(ops.affine(*leaves), t, *traced, torch.float32, False)[0]),
+            gradients(ops.linear_cross_entropy(x, W, t, b, *traced, 1 << 20, torch.float32, False)[0]),
         ]
     torch.testing.assert_close(plain, [want.detach()] * 2, rtol=1e-4, atol=1e-4)
     for got in found:
