@@ -70,23 +70,23 @@ class Options(NamedTuple):
     """
 
     weight: Any = None
-    """Class weights w, shape (C,)."""
+    """Class weights w, shape (C,): y_c is multiplied by w_c, and m = w_t in a row of class id t."""
     ignore_index: int = -100
-    """Class id whose rows do not count; it may lie outside [0, C)."""
+    """Class id whose rows do not count: y = 0 and m = 0. It may lie outside [0, C)."""
     reduction: Reduction = "mean"
-    """``"mean"``, ``"sum"`` or ``"none"``."""
+    """``"none"``: each row's s·loss. ``"sum"``: their sum. ``"mean"``: their sum over Σ s·m of the rows that count."""
     label_smoothing: float = 0.0
-    """ε in [0, 1)."""
+    """ε in [0, 1): y_c becomes (1−ε)·y_c + ε/C, before class weights."""
     sample_weight: Any = None
     """Row weights s, shape (...)."""
     z_loss: float = 0.0
-    """λ of λ·m·lse², at least 0."""
+    """λ, at least 0: λ·m·lse² is added to each row's loss, with lse = log Σ_c exp z_c."""
     softcap: float | None = None
-    """κ of z = κ·tanh(r/κ), above 0; None: off."""
+    """κ above 0: z = κ·tanh(r/κ). None: z = r."""
     temperature: float = 1.0
-    """τ above 0, which divides the logits before everything else."""
+    """τ above 0, which divides the logits before everything else: r = logits/τ."""
     denominator: Any = None
-    """What ``"mean"`` divides by, in place of the sum of the row weights: a number above 0 or a 0-d array."""
+    """What ``"mean"`` divides by, in place of Σ s·m: a number above 0 or a 0-d array."""
     backend: str | None = None
     """Name of the backend to use; None: the arrays decide."""
     check: bool | None = None

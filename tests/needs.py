@@ -20,11 +20,12 @@ import pytest
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
-TORCH, CLIENTS, JAX, MPI, CUPY, COMPILER, ROOT, GPU = REASONS = (
+TORCH, CLIENTS, JAX, MPI, SPHINX, CUPY, COMPILER, ROOT, GPU = REASONS = (
     "needs torch",
     "needs transformers",
     "needs JAX",
     "needs MPI",
+    "needs Sphinx",
     "needs CuPy",
     "needs a C++ compiler",
     "needs the superuser",
@@ -34,14 +35,16 @@ MACHINE = ROOT, GPU
 """What no environment brings."""
 
 FILES = {
-    TORCH: ["tests/test_torch*.py", "swl/torch/*.py", "docs/torch.md"],
+    TORCH: ["tests/test_torch*.py", "swl/torch/*.py", "docs/torch.md", "docs/migration.md", "tests/test_site.py"],
     CLIENTS: ["tests/test_torch_huggingface.py", "tests/test_torch_clients.py", "docs/torch.md"],
     JAX: ["tests/test_jax.py", "swl/jax.py", "docs/torch.md"],
     MPI: [
         "tests/test_distributed.py",
         *(f"swl/distributed/{name}.py" for name in ("comm", "data", "head")),
         "docs/scale.md",
+        "tests/test_site.py",
     ],
+    SPHINX: ["tests/test_site.py"],
 }
 
 MISSING = {
@@ -49,6 +52,7 @@ MISSING = {
     CLIENTS: not all(map(find_spec, ("transformers", "peft", "lightning", "skorch"))),
     JAX: find_spec("jax") is None,
     MPI: find_spec("mpi4py") is None or MPIEXEC is None,
+    SPHINX: find_spec("sphinx") is None,
 }
 
 

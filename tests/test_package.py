@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -51,6 +52,14 @@ def test_its_metadata(wheel: Path) -> None:
     assert {name.partition(">")[0] for name in needs} == {"numpy", "numba"}
     assert "swl = swl.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
     assert f"{info}/licenses/LICENSE" in archive.namelist()
+
+
+def test_its_description_has_no_link_that_needs_the_repository(wheel: Path) -> None:
+    metadata = zipfile.ZipFile(wheel).read(f"swl-{swl.__version__}.dist-info/METADATA").decode()
+    description = metadata.partition("\n\n")[2]
+    assert description.startswith("# swl\n")
+    assert not re.findall(r"\]\((?!https?:|#).*?\)", description)
+    assert re.findall(r"\]\(docs/.*?\)", (ROOT / "README.md").read_text())  # which the repository's own page has
 
 
 def test_installed_elsewhere_it_imports_and_trains(wheel: Path, tmp_path: Path) -> None:
