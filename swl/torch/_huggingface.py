@@ -259,28 +259,32 @@ def apply_to(model: torch.nn.Module, *, memory_budget: int = DEFAULT_BUDGET) -> 
         ...
     ValueError: model must be or hold a causal language model of transformers; Linear has no get_output_embeddings()
     """
-    missing = {module: _missing(module) for module in model.modules()}
-    for module, what in missing.items():
-        if what is None:
+    nearest = -1, ""
+    for module in model.modules():
+        lack = _lack(module)
+        if lack is None:
             return Applied(module, memory_budget)
-    near = [f"{type(m).__name__} {what}" for m, what in missing.items() if hasattr(m, "get_output_embeddings")]
-    near = near or [f"{type(model).__name__} {missing[model]}"]
-    raise ValueError(f"model must be or hold a causal language model of transformers; {'; '.join(near)}")
+        nearest = lack if lack[0] > nearest[0] else nearest
+    raise ValueError(f"model must be or hold a causal language model of transformers; {nearest[1]}")
 
 
-def _missing(module: Any) -> str | None:
-    """Say what a module has not of a causal language model."""
+def _lack(module: Any) -> tuple[int, str] | None:
+    """Say what a module lacks of a causal language model, after how many things that it has."""
+    name = type(module).__name__
     if not hasattr(module, "get_output_embeddings"):
-        return "has no get_output_embeddings()"
+        return 0, f"{name} has no get_output_embeddings()"
     head = module.get_output_embeddings()
+    if head is None:
+        return 1, f"{name} has no output embeddings"
     if type(head) is _Head:
-        return "has the fused head already"
+        return 4, f"{name} has the fused head already"
     if type(head) is not torch.nn.Linear or "forward" in vars(head):
-        return f"has output embeddings of type {type(head).__name__}, not a plain torch.nn.Linear"
+        return 2, f"{name} has output embeddings of type {type(head).__name__}, not a plain torch.nn.Linear"
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    if getattr(module, "loss_function", None) is not ForCausalLMLoss:
-        return f"has {getattr(module, 'loss_function', None)!r} as loss_function, not transformers' ForCausalLMLoss"
+    loss = getattr(module, "loss_function", None)
+    if loss is not ForCausalLMLoss:
+        return 3, f"{name} has {loss!r} as loss_function, not transformers' ForCausalLMLoss"
     if "loss_function" not in inspect.unwrap(type(module).forward).__code__.co_names:
-        return "has a forward that calls no loss_function"
+        return 3, f"{name} has a forward that calls no loss_function"
     return None
