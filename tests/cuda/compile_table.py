@@ -16,8 +16,11 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+import instructions
 
 from swl.backends.cupy.backend import OPTIONS, instances, module_source
 
@@ -50,6 +53,7 @@ class Kernel(NamedTuple):
     occupancy: float
     wide_loads: int
     wide_stores: int  # of 128 bits; 64 where gradients are half as long as logits
+    turns: dict[str, instructions.Turn]  # of the sweeps that instructions.py counts
 
     @property
     def streams(self) -> bool:
@@ -161,14 +165,17 @@ def compile_module(job: tuple[tuple[str, ...], str]) -> list[Kernel]:
                 occupancy(architecture, registers, threads, shared),
                 len(re.findall(r"\bLDG\.\S*128", text)),
                 len(re.findall(rf"\bSTG\.\S*{64 if narrower else 128}", text)),
+                instructions.sweeps(name, text),
             )
         )
     return found
 
 
-def compile_all(architectures: tuple[str, ...] = ARCHITECTURES) -> list[Kernel]:
-    """Compile everything, in two processes."""
-    jobs = [(group, architecture) for group in instances() for architecture in architectures]
+def compile_all(
+    architectures: tuple[str, ...] = ARCHITECTURES, chosen: Callable[[tuple[str, ...]], bool] = bool
+) -> list[Kernel]:
+    """Compile all chosen modules, in two processes."""
+    jobs = [(group, architecture) for group in filter(chosen, instances()) for architecture in architectures]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         return [kernel for kernels in pool.map(compile_module, jobs, chunksize=1) for kernel in kernels]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import compile_table
+import instructions
 import pytest
 
 from swl.backends.cupy.backend import CupyBackend, instances
@@ -12,11 +13,43 @@ from swl.backends.cupy.backend import CupyBackend, instances
 pytestmark = pytest.mark.skipif(compile_table.missing() is not None, reason=str(compile_table.missing()))
 
 
-def test_registers_occupancy_and_wide_accesses() -> None:
-    kernels = compile_table.compile_all()
+@pytest.fixture(scope="module")
+def kernels() -> list[compile_table.Kernel]:
+    """Every instance for every device."""
+    return compile_table.compile_all()
+
+
+def test_registers_occupancy_and_wide_accesses(kernels: list[compile_table.Kernel]) -> None:
     expected = sum(map(len, compile_table.instances().values())) * len(compile_table.ARCHITECTURES)
     assert len(kernels) == expected
     assert [(k, k.problems()) for k in kernels if k.problems()] == []
+
+
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E.EF.128 R4, [R2] ;
+        /*0020*/              @!P0 BRA `(.L_x_3) ;
+        /*0030*/                   MUFU.RCP R9, R9 ;
+.L_x_3:
+        /*0040*/                   FADD R4, R4, -R8 ;
+        /*0050*/                   MUFU.EX2 R4, R4 ;
+        /*0060*/                   MUFU.EX2 R5, R5 ;
+        /*0070*/               @P2 BRA `(.L_x_4) ;
+        /*0080*/                   FMUL R4, R4, R4 ;
+.L_x_4:
+        /*0090*/               @P1 BRA `(.L_x_3) ;
+        /*00a0*/               @P3 CALL.REL.NOINC `(.L_x_1) ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_the_cheapest_turn_takes_every_exponential_and_what_is_on_no_way_round() -> None:
+    turn = instructions.cheapest_turn(instructions.blocks(LISTING), r"LDG\..*\b128\b", 4)
+    assert turn is not None
+    assert turn.logits == 4
+    assert turn.ops == {"LDG.E.EF.128": 1, "FADD": 2, "MUFU.EX2": 4, "BRA": 5, "CALL.REL.NOINC": 1}
+    assert turn.by_pipe() == {"branch": 6 / 4, "MUFU": 1.0, "FMA": 2 / 4, "memory": 1 / 4}
 
 
 @pytest.mark.parametrize(
