@@ -68,6 +68,12 @@ __device__ __forceinline__ A not_a_number() {
 // The larger of two numbers; a NaN wins over both. fmaxf would drop it.
 template <typename A>
 __device__ __forceinline__ A max_or_nan(A a, A b) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (Same<A, float>::value) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
+  }
+#endif
   return (a >= b || a != a) ? a : b;
 }
 
@@ -76,6 +82,14 @@ __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 // a·b + c, rounded once: as written, whatever the compiler may contract elsewhere
 __device__ __forceinline__ float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_of(double a, double b, double c) { return fma(a, b, c); }
+
+// exp(u − s) of a difference u of two logits, by one multiplication with log₂e and the card's 2ˣ. Its relative error is up to
+// (|u − s| + 4)·2⁻²⁴: the difference was rounded by as much, and what is this far below the largest adds as little.
+const float LOG2_E = 1.4426950408889634f;
+__device__ __forceinline__ float exp_of_difference(float u) { return exp2f(u * LOG2_E); }
+__device__ __forceinline__ double exp_of_difference(double u) { return exp(u); }
+__device__ __forceinline__ float exp_of_difference(float u, float s) { return exp2f(fma_of(u, LOG2_E, -s * LOG2_E)); }
+__device__ __forceinline__ double exp_of_difference(double u, double s) { return exp(u - s); }
 __device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
 __device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
 
@@ -173,6 +187,72 @@ __device__ __forceinline__ int lead_of(const T* row) {
   return V == 1 ? 0 : (int)(((unsigned long long)row % (V * sizeof(T))) / sizeof(T));
 }
 
+// All of a pack, widened. A bfloat16 is the upper half of a float.
+template <typename T, int V>
+__device__ __forceinline__ void widen_all(const Pack<T, V>& pack, Acc<T> (&z)[V]) {
+  if constexpr (Same<T, __nv_bfloat16>::value && V % 2 == 0) {
+    unsigned pairs[V / 2];
+    memcpy(pairs, &pack, sizeof pairs);
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      z[i] = __uint_as_float(pairs[i / 2] << 16);
+      z[i + 1] = __uint_as_float(pairs[i / 2] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = widen(pack.x[i]);
+  }
+}
+
+// The largest of a pack, NaN if there is one; two at a time where a card can.
+template <typename T, int V>
+__device__ __forceinline__ Acc<T> largest_of(const Pack<T, V>& pack) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    unsigned pairs[V / 2];
+    memcpy(pairs, &pack, sizeof pairs);
+#pragma unroll
+    for (int i = 1; i < V / 2; ++i) {
+      if constexpr (Same<T, __half>::value)
+        asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(pairs[0]) : "r"(pairs[i]));
+      else
+        asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(pairs[0]) : "r"(pairs[i]));
+    }
+    Pack<T, 2> pair;
+    memcpy(&pair, pairs, sizeof pair);
+    return max_or_nan(widen(pair.x[0]), widen(pair.x[1]));
+  }
+#endif
+  Acc<T> z[V];
+  widen_all(pack, z);
+#pragma unroll
+  for (int i = 1; i < V; ++i) z[0] = max_or_nan(z[0], z[i]);
+  return z[0];
+}
+
+// All of a pack, rounded; two at a time where a card can.
+template <typename G, int V, typename A>
+__device__ __forceinline__ Pack<G, V> narrow_all(const A (&g)[V]) {
+  Pack<G, V> pack;
+  if constexpr (Same<G, __half>::value && V % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      const __half2 pair = __floats2half2_rn((float)g[i], (float)g[i + 1]);
+      memcpy(&pack.x[i], &pair, sizeof pair);
+    }
+  } else if constexpr (Same<G, __nv_bfloat16>::value && V % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn((float)g[i], (float)g[i + 1]);
+      memcpy(&pack.x[i], &pair, sizeof pair);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) pack.x[i] = narrow<G>(g[i]);
+  }
+  return pack;
+}
+
 // Where a pack lies: its columns are c, c + 1, …, of which those from c + from to before c + to exist.
 struct Span {
   i64 c;
@@ -207,6 +287,71 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* row, const Span& at, T 
     for (int i = 0; i < V; ++i) pack.x[i] = at.has(i) ? load(row + at.c + i) : outside;
   }
   return pack;
+}
+
+// The packs of a row: `packs` of them, of which those from `first` to before `last` lie inside it.
+template <typename T, int V>
+struct Packs {
+  const T* row;
+  i64 C;
+  int lead, packs, first, last;
+  // Whether the U packs j, j + step, … are all inside.
+  template <int U>
+  __device__ __forceinline__ bool whole(int j, int step) const {
+    return j >= first && j + (U - 1) * step < last;
+  }
+  __device__ __forceinline__ Span span(int j) const { return span_of<V>(j, lead, C); }
+  // Packs up to `end` only.
+  __device__ __forceinline__ Packs before(int end) const {
+    return Packs{row, C, lead, end < packs ? end : packs, first, end < last ? end : last};
+  }
+};
+template <typename T, int V>
+__device__ __forceinline__ Packs<T, V> packs_of_row(const T* row, i64 C) {
+  const int lead = lead_of<T, V>(row);
+  return Packs<T, V>{row, C, lead, packs_of<V>(lead, C), lead > 0, (int)((C + lead) / V)};
+}
+
+const int TURN = 4;  // packs of most turns
+
+// What a thread loads at once: U packs as they lie in memory, unpacked where they are used.
+template <typename T, int V, int U>
+struct Turn {
+  static const int SIZE = U;
+  typedef typename WordOf<sizeof(T) * V>::type Word;
+  Word words[U];
+  __device__ __forceinline__ Pack<T, V> pack(int u) const {
+    Pack<T, V> pack;
+    memcpy(&pack, &words[u], sizeof pack);
+    return pack;
+  }
+  // The first pack, in whose place all others move, and another or itself at the end. A loop that is not unrolled cannot index
+  // registers; U times bring all packs back to where they were.
+  __device__ __forceinline__ Pack<T, V> next() { return next(pack(0)); }
+  __device__ __forceinline__ Pack<T, V> next(const Pack<T, V>& last) {
+    const Pack<T, V> first = pack(0);
+#pragma unroll
+    for (int u = 0; u + 1 < U; ++u) words[u] = words[u + 1];
+    memcpy(&words[U - 1], &last, sizeof last);
+    return first;
+  }
+};
+
+// The packs j, j + step, … of a row; `outside` where there is no column.
+template <int U, typename T, int V>
+__device__ __forceinline__ Turn<T, V, U> load_turn(const Packs<T, V>& at, int j, int step, T outside) {
+  typedef typename Turn<T, V, U>::Word Word;
+  Turn<T, V, U> turn;
+  if (at.template whole<U>(j, step)) {
+    const Word* from = reinterpret_cast<const Word*>(at.row - at.lead) + j;
+#pragma unroll
+    for (int u = 0; u < U; ++u, from += step) turn.words[u] = load(from);
+  } else {
+#pragma unroll 1
+    for (int u = 0; u < U; ++u)
+      turn.next(load_pack<T, V>(at.row, j + u * step < at.packs ? at.span(j + u * step) : Span{0, 0, 0}, outside));
+  }
+  return turn;
 }
 
 // Writes the columns that exist. `wide`: the packs of `row` are aligned.

@@ -10,11 +10,11 @@
 //   dloss  = scale·((A·p − y) + 2λ·m·(M + S)·p)·∂z/∂r        p = exp(u − S)      ∂z/∂r = 1 − (z/κ)²
 //
 // Every kernel is made of three pieces, so that all variants give the same numbers and no option needs a copy:
-//   absorb     takes a pack of logits into the running sums of a thread (Sums), rescaling them when the maximum grows
+//   absorb     takes packs of logits into the running sums of a thread (Sums), rescaling them when the maximum grows
 //   finish     turns the sums of a whole row into what is stored of it
 //   gradient   turns a pack of logits into a pack of gradients
 //
-//   ce_rows<T, DENSE, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0): forward, or both
+//   ce_rows<T, KIND, LANES, V, KEEP>   a row by LANES lanes of a warp, or by a block (LANES = 0): forward, or both
 //                                       sweeps with the row kept on chip between them; gradients of type G, by default T
 //   ce_partial + ce_combine             a row by several blocks: their sums meet in a second kernel
 //   ce_backward                         gradients from M, S and A
@@ -22,6 +22,13 @@
 // Names: logits_nc is a matrix (N, C) of rows `stride` elements apart; loss_n has one value per row.
 
 #include "common.cuh"
+
+// What a kernel is compiled for; what is left out costs no instruction.
+enum Kind {
+  PLAIN,    // class ids, and nothing that is done to or asked of every column: no bias, smoothing, softcap, temperature, statistics
+  OPTIONS,  // class ids, any option
+  PROBS     // probabilities, any option
+};
 
 const i64 INVALID = -2;  // an id that was out of range: loss NaN, gradient 0. IGNORED is -1. See swl/backends/protocol.py.
 
@@ -95,16 +102,16 @@ __device__ __forceinline__ void load_target(const Problem<T>& p, i64 n, const Sp
 }
 
 // y of a group, without the class id's own share: w·((1−ε)·q + ε/C), or w·ε/C; 0 outside [0, C). Also q itself.
-template <typename T, bool DENSE, int V>
+template <typename T, int KIND, int V>
 __device__ __forceinline__ void target_group(
     const Problem<T>& p, i64 n, const Span& at, Acc<T> (&y)[V], Acc<T> (&q)[V]) {
   typedef Acc<T> A;
 #pragma unroll
   for (int i = 0; i < V; ++i) q[i] = 0;
-  if (DENSE) load_target<T, V>(p, n, at, q);
+  if (KIND == PROBS) load_target<T, V>(p, n, at, q);
 #pragma unroll
-  for (int i = 0; i < V; ++i) y[i] = !at.has(i) ? (A)0 : DENSE ? p.hot * q[i] + p.rest : p.rest;
-  if (p.weight_c && (DENSE || p.rest != 0)) {
+  for (int i = 0; i < V; ++i) y[i] = !at.has(i) ? (A)0 : KIND == PROBS ? p.hot * q[i] + p.rest : p.rest;
+  if (p.weight_c && (KIND == PROBS || p.rest != 0)) {
 #pragma unroll
     for (int i = 0; i < V; ++i)
       if (at.has(i)) y[i] *= load_shared_by_rows(p.weight_c + at.c + i);
@@ -129,7 +136,7 @@ __device__ __forceinline__ Acc<T> slope_of(const Problem<T>& p, Acc<T> r) {
   return 4 * e / fma_of(e, 2 + e, (A)1);
 }
 
-// z of a group; −inf, which adds nothing to any sum, outside [0, C). With SLOPE also ∂z/∂r, 1 without a softcap.
+// z of a group; −inf, which adds nothing to any sum, outside [0, C), where that was loaded. With SLOPE also ∂z/∂r, 1 without a softcap.
 template <bool SLOPE, typename T, int V>
 __device__ __forceinline__ void final_logits(
     const Problem<T>& p, const Span& at, const Pack<T, V>& pack, Acc<T> (&z)[V], Acc<T> (&slope)[V]) {
@@ -150,10 +157,10 @@ __device__ __forceinline__ void final_logits(
       for (int k = 1; k < V; ++k) z[k - 1] = z[k], slope[k - 1] = slope[k];
       z[V - 1] = capped, slope[V - 1] = steep;
     }
-  }
 #pragma unroll
-  for (int i = 0; i < V; ++i)
-    if (!at.has(i)) z[i] = -infinity<A>();
+    for (int i = 0; i < V; ++i)
+      if (!at.has(i)) z[i] = -infinity<A>();  // what was loaded for it, but a softcap
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ running sums
@@ -182,9 +189,10 @@ __device__ __forceinline__ Sums<A> nothing() {
 struct Wanted {
   bool target, stats;
 };
-template <bool DENSE, typename T>
+template <int KIND, typename T>
 __device__ __forceinline__ Wanted wanted(const Problem<T>& p, const void* entropy_n) {
-  return Wanted{DENSE || p.rest != 0, entropy_n != nullptr};
+  if (KIND == PLAIN) return Wanted{false, false};
+  return Wanted{KIND == PROBS || p.rest != 0, entropy_n != nullptr};
 }
 
 // Moves the sums to a maximum at least as large: with s = old − new ≤ 0, Σ exp(u + s) and Σ y·(u + s).
@@ -192,7 +200,7 @@ template <typename A>
 __device__ __forceinline__ void rescale(Sums<A>& sums, A max) {
   if (sums.max == max) return;
   if (sums.max != -infinity<A>()) {  // else all sums are 0, or −inf for a target at −inf, and stay so
-    const A shift = sums.max - max, factor = exp_of(shift);
+    const A shift = sums.max - max, factor = exp_of_difference(shift);
     sums.entropy = factor == 0 ? factor : factor * (sums.entropy + shift * sums.exp);
     sums.exp *= factor;
     if (sums.mass != 0) sums.dot += sums.mass * shift;
@@ -209,7 +217,7 @@ __device__ __forceinline__ bool comes_first(A z, i64 c, A than, i64 at) {
 }
 
 // Takes a group of columns into the sums.
-template <typename T, bool DENSE, int V>
+template <typename T, int KIND, int V>
 __device__ __forceinline__ void absorb_group(
     Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, const Span& at, const Pack<T, V>& group) {
   typedef Acc<T> A;
@@ -230,19 +238,19 @@ __device__ __forceinline__ void absorb_group(
   const A from = max == -infinity<A>() ? (A)0 : max;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const A u = z[i] - from, e = exp_of(u);
+    const A u = z[i] - from, e = exp_of_difference(u);
     sums.exp += e;
     if (want.stats && e != 0) sums.entropy += e * u;
   }
   if (want.target) {
     A y[V], q[V];
-    target_group<T, DENSE, V>(p, n, at, y, q);
+    target_group<T, KIND, V>(p, n, at, y, q);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const A u = z[i] - from;
       if (y[i] != 0) sums.dot += y[i] * u;  // a class without mass adds nothing even at u = −inf
       sums.mass += y[i];
-      if (DENSE && want.stats) {
+      if (KIND == PROBS && want.stats) {
         if (q[i] != 0) sums.q_dot += q[i] * u;
         sums.q_mass += q[i];
       }
@@ -251,15 +259,42 @@ __device__ __forceinline__ void absorb_group(
 }
 
 // Takes a pack into the sums, group by group. The pack is turned once round, by reference: a copy would cost registers.
-template <typename T, bool DENSE, int V>
+template <typename T, int KIND, int V>
 __device__ __forceinline__ void absorb(
     Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, const Span& at, Pack<T, V>& pack) {
   const int G = Group<T, V>::N;
 #pragma unroll 1
   for (int i = 0; i < V; i += G) {
     const Pack<T, G> group = first_of<G>(pack);
-    absorb_group<T, DENSE, G>(sums, p, want, n, at.after(i), group);
+    absorb_group<T, KIND, G>(sums, p, want, n, at.after(i), group);
     turn(pack, group);
+  }
+}
+
+// Takes the packs of a turn into the sums. Without options their largest logit comes first, and the sums are rescaled once.
+template <typename T, int KIND, int V, int U>
+__device__ __forceinline__ void absorb_turn(Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n,
+    const Packs<T, V>& at, int j, int step, Turn<T, V, U>& turn) {
+  typedef Acc<T> A;
+  if constexpr (KIND == PLAIN) {
+    A max = sums.max, z[V];
+#pragma unroll
+    for (int u = 0; u < U; ++u) max = max_or_nan(max, largest_of(turn.pack(u)));
+    const A from = max == -infinity<A>() ? (A)0 : max;
+    sums.exp *= exp_of_difference(sums.max - from);
+    sums.max = max;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      widen_all(turn.pack(u), z);
+#pragma unroll
+      for (int i = 0; i < V; ++i) sums.exp += exp_of_difference(z[i] - from);
+    }
+  } else {
+#pragma unroll 1
+    for (int u = 0; u < U; ++u) {
+      Pack<T, V> pack = turn.next();
+      if (j + u * step < at.packs) absorb<T, KIND, V>(sums, p, want, n, at.span(j + u * step), pack);
+    }
   }
 }
 
@@ -320,24 +355,53 @@ struct Row {
   A mass;          // A
   A pull;          // 2λ·m·(M + S)
   A scale;
-  A y_hot;  // the class id's own share, (1−ε)·m
-  i64 hot;  // the column of the class id; −1 where no column is hit
+  A at_hot;  // the gradient at the class id; before that is known, the class id's own share, (1−ε)·m
+  i64 hot;   // the column of the class id; −1 where no column is hit
   bool counts;
 };
 
 // The target of row n: everything but the sums.
-template <typename T, bool DENSE>
+template <typename T, int KIND>
 __device__ __forceinline__ Row<Acc<T>> open_row(const Problem<T>& p, i64 n, Acc<T>& m, i64& id) {
   typedef Acc<T> A;
   Row<A> row;
-  id = DENSE ? 0 : load(p.ids_n + n);
+  id = KIND == PROBS ? 0 : load(p.ids_n + n);
   row.counts = id >= 0;
-  m = !row.counts ? (A)0 : !DENSE && p.row_weight_n ? load(p.row_weight_n + n) : (A)1;
+  m = !row.counts ? (A)0 : KIND != PROBS && p.row_weight_n ? load(p.row_weight_n + n) : (A)1;
   const i64 c = id - p.first_class;
-  const bool hit = !DENSE && row.counts && c >= 0 && c < p.C;
+  const bool hit = KIND != PROBS && row.counts && c >= 0 && c < p.C;
   row.hot = hit ? c : -1;
-  row.y_hot = hit ? p.hot * m : (A)0;
+  row.at_hot = hit ? p.hot * m : (A)0;
   return row;
+}
+
+// r of the class id of row n.
+template <typename T>
+__device__ __forceinline__ Acc<T> hot_logit(const Problem<T>& p, i64 n, i64 hot) {
+  Acc<T> r = widen(load(p.logits_nc + n * p.stride + hot));
+  if (p.bias_c) r += load_shared_by_rows(p.bias_c + hot);
+  return r * p.temperature_inverse;
+}
+
+// ∂L/∂z = (A·p − y) + 2λ·m·(M + S)·p, scaled: where A·p is y, what is left of λ has all its digits.
+template <typename A>
+__device__ __forceinline__ A gradient_of(const Row<A>& row, A z, A y) {
+  const A prob = exp_of_difference(z - row.max, row.log_sum);
+  return (row.mass * prob - y + row.pull * prob) * row.scale;
+}
+
+// Completes a row whose sums and scale are known: the gradient at its class id, whose logit is r, and nothing for all of its
+// columns if it does not count.
+template <typename T>
+__device__ __forceinline__ void close_row(const Problem<T>& p, Row<Acc<T>>& row, Acc<T> r) {
+  typedef Acc<T> A;
+  if (row.hot >= 0) {
+    A y = p.rest;
+    if (p.weight_c && p.rest != 0) y *= load_shared_by_rows(p.weight_c + row.hot);
+    row.at_hot = gradient_of(row, final_logit(p, r), y + row.at_hot);
+    if (p.softcap != 0) row.at_hot *= slope_of(p, r);
+  }
+  if (!row.counts) row.max = row.log_sum = row.mass = row.pull = row.scale = 0;
 }
 
 template <typename A>
@@ -345,27 +409,26 @@ __device__ __forceinline__ A pull_of(A z_loss, A m, A max, A log_sum) {
   return z_loss == 0 ? (A)0 : 2 * z_loss * m * (max + log_sum);  // M and S of a row may be infinite
 }
 
-// Stores what a forward sweep leaves of row n, from the sums of all its columns; one thread per row.
-template <typename T, bool DENSE>
+// Stores what a forward sweep leaves of row n, from the sums of all its columns; one thread per row. Also r of its class id.
+template <typename T, int KIND>
 __device__ __forceinline__ Row<Acc<T>> finish(
-    const Problem<T>& p, const RowsOut<T>& out, const Wanted& want, i64 n, const Sums<Acc<T>>& sums) {
+    const Problem<T>& p, const RowsOut<T>& out, const Wanted& want, i64 n, const Sums<Acc<T>>& sums, Acc<T>& r) {
   typedef Acc<T> A;
   A m;
   i64 id;
-  Row<A> row = open_row<T, DENSE>(p, n, m, id);
+  Row<A> row = open_row<T, KIND>(p, n, m, id);
   const A M = sums.max;
   // Σ exp u is a whole number where all logits are equal, and log rounds once: S is exactly log C
   const A S = M == -infinity<A>() ? not_a_number<A>() : (A)log((double)sums.exp);
 
   A d = row.counts ? sums.dot : (A)0, mass = row.counts ? sums.mass : (A)0, u_hot = 0;
-  if (!DENSE && row.hot >= 0) {
-    A r = widen(load(p.logits_nc + n * p.stride + row.hot));
-    if (p.bias_c) r += load_shared_by_rows(p.bias_c + row.hot);
-    u_hot = final_logit(p, r * p.temperature_inverse) - M;
-    if (row.y_hot != 0) d += row.y_hot * u_hot;
-    mass += row.y_hot;
+  if (KIND != PROBS && row.hot >= 0) {
+    r = hot_logit(p, n, row.hot);
+    u_hot = final_logit(p, r) - M;
+    if (row.at_hot != 0) d += row.at_hot * u_hot;
+    mass += row.at_hot;
   }
-  if (!DENSE && row.counts && !p.weight_c)  // the sum over C equal shares, without its rounding errors
+  if (KIND != PROBS && row.counts && !p.weight_c)  // the sum over C equal shares, without its rounding errors
     mass = row.hot >= 0 ? p.mass_hit : p.mass_miss;
   A loss = mass * S - d;
   if (p.z_loss != 0) loss += p.z_loss * m * (M + S) * (M + S);
@@ -376,7 +439,7 @@ __device__ __forceinline__ Row<Acc<T>> finish(
   store(out.target_dot_n + n, d);
   store(out.mass_n + n, mass);
   if (want.stats) {
-    const A log_prob = DENSE ? sums.q_dot - sums.q_mass * S : row.hot >= 0 ? u_hot - S : (A)0;
+    const A log_prob = KIND == PROBS ? sums.q_dot - sums.q_mass * S : row.hot >= 0 ? u_hot - S : (A)0;
     store(out.entropy_n + n, S - sums.entropy / sums.exp);  // −Σ p·(u − S)
     store(out.log_prob_n + n, id == INVALID ? nan : log_prob);
     store(out.argmax_n + n, sums.at);
@@ -388,59 +451,105 @@ __device__ __forceinline__ Row<Acc<T>> finish(
   return row;
 }
 
-// The gradients of a group of row n.
-template <typename G, typename T, bool DENSE, int V>
+// The same at a column without target, y = 0.
+template <typename A>
+__device__ __forceinline__ A gradient_without_target(const Row<A>& row, A z) {
+  return exp_of_difference(z - row.max, row.log_sum) * ((row.mass + row.pull) * row.scale);
+}
+
+// The gradients of a group of row n, but for the class id's own share.
+template <typename G, typename T, int KIND, int V>
 __device__ __forceinline__ Pack<G, V> gradient_group(
     const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, const Pack<T, V>& group) {
   typedef Acc<T> A;
   A z[V], slope[V], y[V], q[V];
   final_logits<true>(p, at, group, z, slope);
-  target_group<T, DENSE, V>(p, n, at, y, q);
-  const i64 offset = row.hot - at.c;
-  const int hot = offset >= 0 && offset < V ? (int)offset : -1;
-  Pack<G, V> grad;
+  if (KIND == PROBS || p.rest != 0) {
+    target_group<T, KIND, V>(p, n, at, y, q);
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    if (!DENSE && i == hot) y[i] += row.y_hot;
-    const A prob = exp_of(z[i] - row.max - row.log_sum);
-    // ∂L/∂z = (A·p − y) + 2λ·m·(M + S)·p: where A·p is y, what is left of λ has all its digits
-    A g = (row.mass * prob - y[i] + row.pull * prob) * row.scale;
-    if (p.softcap != 0) g *= slope[i];
-    grad.x[i] = narrow<G>(g);
+    for (int i = 0; i < V; ++i) z[i] = gradient_of(row, z[i], y[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = gradient_without_target(row, z[i]);
   }
-  return grad;
+  if (p.softcap != 0) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] *= slope[i];
+  }
+  return narrow_all<G>(z);
 }
 
-// The gradients of a pack of row n: 0, whatever the logits are, in a row that does not count.
-template <typename G, typename T, bool DENSE, int V>
+// The gradients of a pack of row n, likewise.
+template <typename G, typename T, int KIND, int V>
 __device__ __forceinline__ Pack<G, V> gradient(
     const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, Pack<T, V> pack) {
-  const int S = Group<T, V>::N;
-  Pack<G, V> grads;
-#pragma unroll 1
-  for (int i = 0; i < V; i += S) {
-    const Pack<T, S> group = first_of<S>(pack);
-    Pack<G, S> grad;
-    if (row.counts) {
-      grad = gradient_group<G, T, DENSE, S>(p, row, n, at.after(i), group);
-    } else {
+  if constexpr (KIND == PLAIN) {
+    Acc<T> z[V];
+    widen_all(pack, z);
 #pragma unroll
-      for (int k = 0; k < S; ++k) grad.x[k] = narrow<G>((Acc<T>)0);
+    for (int i = 0; i < V; ++i) z[i] = gradient_without_target(row, z[i]);
+    return narrow_all<G>(z);
+  } else {
+    const int S = Group<T, V>::N;
+    Pack<G, V> grads;
+#pragma unroll 1
+    for (int i = 0; i < V; i += S) {
+      const Pack<T, S> group = first_of<S>(pack);
+      const Pack<G, S> grad = gradient_group<G, T, KIND, S>(p, row, n, at.after(i), group);
+      if constexpr (Same<G, T>::value) {
+        turn(pack, grad);  // one ring holds both: two would cost registers
+      } else {
+        turn(pack, group);
+        turn(grads, grad);
+      }
     }
-    if constexpr (Same<G, T>::value) {
-      turn(pack, grad);  // one ring holds both: two would cost registers
-    } else {
-      turn(pack, group);
-      turn(grads, grad);
-    }
+    if constexpr (Same<G, T>::value)
+      return pack;
+    else
+      return grads;
   }
-  if constexpr (Same<G, T>::value)
-    return pack;
-  else
-    return grads;
+}
+
+// Writes the gradients of a turn of row n; a row that does not count has logits of 0, whatever they are, and gradients of 0.
+template <typename G, typename T, int KIND, int V, int U>
+__device__ __forceinline__ void write_turn(const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Packs<T, V>& at, int j,
+    int step, Turn<T, V, U> turn, G* grad, bool wide) {
+  const bool whole = wide && at.template whole<U>(j, step);
+  Pack<G, V>* to = reinterpret_cast<Pack<G, V>*>(grad - at.lead) + j;
+  if (KIND == PLAIN && whole) {
+#pragma unroll
+    for (int u = 0; u < U; ++u, to += step) store(to, gradient<G, T, KIND, V>(p, row, n, Span{}, turn.pack(u)));
+    return;
+  }
+#pragma unroll 1
+  for (int u = 0; u < U; ++u, to += step) {
+    const Pack<T, V> pack = turn.next();
+    if (j + u * step >= at.packs) break;
+    const Span span = at.span(j + u * step);
+    Pack<G, V> grads{};
+    if (row.counts) grads = gradient<G, T, KIND, V>(p, row, n, span, pack);
+    if (whole)
+      store(to, grads);
+    else
+      store_pack(grad, span, wide, grads);
+  }
+}
+
+// Writes the gradient at the class id, by the thread that wrote the pack that it is in.
+template <typename G, typename T, int V>
+__device__ __forceinline__ void write_hot(const Row<Acc<T>>& row, const Packs<T, V>& at, int from, int lane, int lanes, G* grad) {
+  if (row.hot < 0 || !at.packs) return;  // a row past the end has no packs, and whatever is its hot column
+  const int j = (int)((row.hot + at.lead) / V) - from;
+  if (j % lanes == lane) store(grad + row.hot, narrow<G>(row.at_hot));
 }
 
 // ------------------------------------------------------------------------------------------------ kernels
+
+#if __CUDA_ARCH__ < 800
+#define BLOCKS_OF_512 1  // compute capability 7.5 has half as many threads a processor
+#else
+#define BLOCKS_OF_512 2
+#endif
 
 // A row by LANES lanes of a warp (a power of two up to 32; blockDim.x / LANES rows per block), or by a block (LANES =
 // 0). KEEP = 0: forward only. Else both sweeps, or with grad_nc null forward only:
@@ -448,56 +557,55 @@ __device__ __forceinline__ Pack<G, V> gradient(
 //   device memory ──► kept (KEEP packs per lane), then stage ──► gradient ──► device memory
 //                         └─► absorb ─► lanes ─► warps ─► finish ─► M, S, A ─┘
 //
-// kept is a ring of registers: each turn of the first loop puts a pack in at the end, each turn of the second takes the
-// first. stage is shared memory, for blocks only; with a grad_nc the row must fit. The gradients of a row may lie over its
-// logits, from the row's start: it is on chip before the first of them is written.
-template <typename T, bool DENSE, int LANES, int V, int KEEP, typename G = T>
-__global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_rows(const Problem<T> p,
+// kept is a thread's first turn. stage is shared memory, for blocks only; with a grad_nc the row must fit. The gradients of a row
+// may lie over its logits, from the row's start: it is on chip before the first of them is written.
+template <typename T, int KIND, int LANES, int V, int KEEP, typename G = T>
+__global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_OF_512) ce_rows(const Problem<T> p,
     const RowsOut<T> out, const Acc<T>* row_scale_n, i64 scale_stride, G* grad_nc, i64 grad_stride) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
   Row<A>* const row_of_block = reinterpret_cast<Row<A>*>(shared);  // 64 bytes
   Sums<A>* const warps = reinterpret_cast<Sums<A>*>(shared + 4);   // 16 of them
-  Pack<T, V>* const stage = reinterpret_cast<Pack<T, V>*>(shared + 4 + 16 * sizeof(Sums<A>) / 16);
+  typedef Turn<T, V, KIND == PLAIN || KEEP ? TURN : 1> Packed;
+  typename Packed::Word* const stage =
+      reinterpret_cast<typename Packed::Word*>(shared + 4 + 16 * sizeof(Sums<A>) / 16);
 
-  const Wanted want = wanted<DENSE>(p, out.entropy_n);
+  const Wanted want = wanted<KIND>(p, out.entropy_n);
   const int lanes = LANES ? LANES : blockDim.x;
   const int lane = threadIdx.x % lanes;
   const i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / lanes;
   const bool exists = n < p.N;  // rows past the end have no packs, but their lanes take part in the shuffles
   const T* logits = p.logits_nc + (exists ? n : 0) * p.stride;
-  const int lead = lead_of<T, V>(logits);
-  const int packs = exists ? packs_of<V>(lead, p.C) : 0;
-  const int turns = LANES ? KEEP : max_of(KEEP, (packs + lanes - 1) / lanes);
+  const Packs<T, V> row_packs = packs_of_row<T, V>(logits, p.C), at = row_packs.before(exists ? row_packs.packs : 0);
+  const int each = Packed::SIZE * lanes;
+  const int turns = LANES ? 1 : (at.packs + each - 1) / each;
 
-  // With KEEP, pack k is on its way while pack k − 1 is taken in: few such blocks fit a processor, and one load a
-  // thread would leave the memory idle. The forward sweep alone has more blocks instead.
-  const int AHEAD = KEEP ? 1 : 0;
   Sums<A> sums = nothing<A>();
-  Pack<T, V*(KEEP ? KEEP : 1)> kept;
-  Pack<T, V> pack;
+  Packed kept;
 #pragma unroll 1
-  for (int k = 0; k < turns + AHEAD; ++k) {
-    const int next_j = lane + k * lanes, j = next_j - AHEAD * lanes;
-    Pack<T, V> next = pack;  // whatever it is
-    if (next_j < packs) next = load_pack<T, V>(logits, span_of<V>(next_j, lead, p.C), narrow<T>((A)0));
-    if (!AHEAD) pack = next;
-    if (k >= AHEAD) {
-      if (j < packs) {
-        absorb<T, DENSE, V>(sums, p, want, n, span_of<V>(j, lead, p.C), pack);
-        if (!LANES && KEEP && k > KEEP && grad_nc) stage[j - KEEP * lanes] = pack;  // read back by this thread alone
-      }
-      if (KEEP && k <= KEEP) turn(kept, pack);
+  for (int k = 0; k < turns; ++k) {
+    const int j = lane + k * each;
+    Packed packed = load_turn<Packed::SIZE>(at, j, lanes, narrow<T>(-infinity<A>()));
+    absorb_turn<T, KIND>(sums, p, want, n, at, j, lanes, packed);
+    if (KEEP && k == 0) {
+      kept = packed;
+    } else if (KEEP && grad_nc) {
+#pragma unroll
+      for (int u = 0; u < Packed::SIZE; ++u)  // read back by this thread alone
+        if (j + u * lanes < at.packs) stage[j + u * lanes - each] = packed.words[u];
     }
-    pack = next;
   }
 
   Row<A> row{};
+  A r = 0;
   if (LANES) {
     sums = combine_lanes<LANES ? LANES : 32>(sums, want);
     if (lane == 0 && exists) {
-      row = finish<T, DENSE>(p, out, want, n, sums);
-      if (grad_nc) row.scale = load(row_scale_n + n * scale_stride);
+      row = finish<T, KIND>(p, out, want, n, sums, r);
+      if (grad_nc) {
+        row.scale = load(row_scale_n + n * scale_stride);
+        close_row(p, row, r);
+      }
     }
     if (!grad_nc) return;
     row.max = __shfl_sync(ALL_LANES, row.max, 0, LANES ? LANES : 32);  // from lane 0 of each row
@@ -505,16 +613,17 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
     row.mass = __shfl_sync(ALL_LANES, row.mass, 0, LANES ? LANES : 32);
     row.pull = __shfl_sync(ALL_LANES, row.pull, 0, LANES ? LANES : 32);
     row.scale = __shfl_sync(ALL_LANES, row.scale, 0, LANES ? LANES : 32);
-    row.y_hot = __shfl_sync(ALL_LANES, row.y_hot, 0, LANES ? LANES : 32);
+    row.at_hot = __shfl_sync(ALL_LANES, row.at_hot, 0, LANES ? LANES : 32);
     row.hot = __shfl_sync(ALL_LANES, row.hot, 0, LANES ? LANES : 32);
     row.counts = __shfl_sync(ALL_LANES, (int)row.counts, 0, LANES ? LANES : 32);
     __syncwarp();  // lane 0 has read logits[hot], which a gradient may overwrite: shuffles do not order memory
   } else {
     sums = combine_block(sums, want, warps);
     if (threadIdx.x == 0) {
-      row = finish<T, DENSE>(p, out, want, n, sums);
+      row = finish<T, KIND>(p, out, want, n, sums, r);
       if (KEEP && grad_nc) {
         row.scale = load(row_scale_n + n * scale_stride);
+        close_row(p, row, r);
         *row_of_block = row;
       }
     }
@@ -525,36 +634,38 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : 2) ce_r
 
   if (!KEEP) return;
   G* grad = grad_nc + n * grad_stride;
-  const bool wide = lead_of<G, V>(grad) == lead;
+  const bool wide = lead_of<G, V>(grad) == at.lead;
+  if (!row.counts) kept = Packed{};
 #pragma unroll 1
   for (int k = 0; k < turns; ++k) {
-    const int j = lane + k * lanes;
-    Pack<T, V> mine = first_of<V>(kept);
-    if (k < KEEP) turn(kept, mine);
-    if (j < packs) {
-      if (!LANES && k >= KEEP) mine = stage[j - KEEP * lanes];
-      const Span at = span_of<V>(j, lead, p.C);
-      store_pack(grad, at, wide, gradient<G, T, DENSE, V>(p, row, n, at, mine));
+    const int j = lane + k * each;
+    if (k > 0 && row.counts) {
+#pragma unroll
+      for (int u = 0; u < Packed::SIZE; ++u)
+        if (j + u * lanes < at.packs) kept.words[u] = stage[j + u * lanes - each];
     }
+    write_turn<G, T, KIND>(p, row, n, at, j, lanes, kept, grad, wide);
   }
+  write_hot<G, T>(row, at, 0, lane, lanes, grad);
 }
 
 // Stage one of a row by gridDim.x / N blocks: block (n, s) sums the packs [s·packs_each, (s + 1)·packs_each) of row n.
-template <typename T, bool DENSE, int V>
+template <typename T, int KIND, int V>
 __global__ void __launch_bounds__(256, 4)
     ce_partial(const Problem<T> p, i64 splits, i64 packs_each, Acc<T>* sums_ns, i64* at_ns, int stats) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
-  const Wanted want = wanted<DENSE>(p, stats ? &p : nullptr);
+  const Wanted want = wanted<KIND>(p, stats ? &p : nullptr);
   const i64 n = blockIdx.x / splits, s = blockIdx.x % splits;
   const T* logits = p.logits_nc + n * p.stride;
-  const int lead = lead_of<T, V>(logits);
-  const i64 last = min_of((s + 1) * packs_each, packs_of<V>(lead, p.C));
+  const Packs<T, V> row = packs_of_row<T, V>(logits, p.C);
+  const Packs<T, V> at = row.before((int)min_of((s + 1) * packs_each, row.packs));
+  typedef Turn<T, V, KIND == PLAIN ? TURN : 1> Packed;
   Sums<A> sums = nothing<A>();
-  for (i64 j = s * packs_each + threadIdx.x; j < last; j += blockDim.x) {
-    const Span at = span_of<V>(j, lead, p.C);
-    Pack<T, V> pack = load_pack<T, V>(logits, at, narrow<T>((A)0));
-    absorb<T, DENSE, V>(sums, p, want, n, at, pack);
+#pragma unroll 1
+  for (int j = (int)(s * packs_each) + threadIdx.x; j < at.packs; j += Packed::SIZE * blockDim.x) {
+    Packed packed = load_turn<Packed::SIZE>(at, j, blockDim.x, narrow<T>(-infinity<A>()));
+    absorb_turn<T, KIND>(sums, p, want, n, at, j, blockDim.x, packed);
   }
   sums = combine_block(sums, want, reinterpret_cast<Sums<A>*>(shared));
   if (threadIdx.x == 0) {
@@ -571,11 +682,11 @@ __global__ void __launch_bounds__(256, 4)
 }
 
 // Stage two: a warp per row combines its sums, lane by lane in the order of s, then the lanes.
-template <typename T, bool DENSE>
+template <typename T, int KIND>
 __global__ void __launch_bounds__(128)
     ce_combine(const Problem<T> p, const RowsOut<T> out, i64 splits, const Acc<T>* sums_ns, const i64* at_ns) {
   typedef Acc<T> A;
-  const Wanted want = wanted<DENSE>(p, out.entropy_n);
+  const Wanted want = wanted<KIND>(p, out.entropy_n);
   const int lane = threadIdx.x % 32;
   const i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
   Sums<A> sums = nothing<A>();
@@ -587,7 +698,8 @@ __global__ void __launch_bounds__(128)
     }
   }
   sums = combine_lanes<32>(sums, want);
-  if (lane == 0 && n < p.N) finish<T, DENSE>(p, out, want, n, sums);
+  A r;
+  if (lane == 0 && n < p.N) finish<T, KIND>(p, out, want, n, sums, r);
 }
 
 // Gradients from M, S and A. A block is blockDim.x / lanes rows of `lanes` threads, a power of two; a thread writes up
@@ -598,7 +710,7 @@ __global__ void __launch_bounds__(128)
 //
 //   logits (4 bytes)    |turn 0        |turn 1        |turn 2        |
 //   gradients (2 bytes) |0     |1     |2     |                          turn 2 is written when all have read it
-template <typename T, bool DENSE, int V, typename G = T>
+template <typename T, int KIND, int V, typename G = T>
 __global__ void __launch_bounds__(256, 4)
     ce_backward(const Problem<T> p, const Acc<T>* row_max_n, const Acc<T>* log_sum_n, const Acc<T>* mass_n,
         const Acc<T>* row_scale_n, i64 scale_stride, G* grad_nc, i64 grad_stride, int lanes, int each, i64 tiles) {
@@ -611,12 +723,15 @@ __global__ void __launch_bounds__(256, 4)
     const i64 n = first + threadIdx.x;
     A m;
     i64 id;
-    Row<A> row = open_row<T, DENSE>(p, n, m, id);
+    Row<A> row = open_row<T, KIND>(p, n, m, id);
     row.max = load(row_max_n + n);
     row.log_sum = load(log_sum_n + n);
     row.mass = load(mass_n + n);
     row.pull = pull_of(p.z_loss, m, row.max, row.log_sum);
     row.scale = load(row_scale_n + n * scale_stride);
+    const int pack = (int)((row.hot + lead_of<T, V>(p.logits_nc + n * p.stride)) / V);
+    if (pack / (lanes * each) != tile) row.hot = -1;  // another block writes there, perhaps over its logit
+    close_row(p, row, row.hot >= 0 ? hot_logit(p, n, row.hot) : (A)0);
     rows[threadIdx.x] = row;
   }
   __syncthreads();  // a row's threads read what one thread wrote
@@ -625,17 +740,18 @@ __global__ void __launch_bounds__(256, 4)
   const Row<A>& row = rows[r];
   const T* logits = p.logits_nc + (exists ? n : 0) * p.stride;
   G* grad = grad_nc + (exists ? n : 0) * grad_stride;
-  const int lead = lead_of<T, V>(logits);
-  const bool wide = lead_of<G, V>(grad) == lead;
-  const int packs = exists ? packs_of<V>(lead, p.C) : 0;
-  for (int k = 0; k < each; ++k) {
-    const i64 j = (tile * each + k) * lanes + lane;
-    const Span at = span_of<V>(j, lead, p.C);
-    Pack<T, V> pack{};  // a row that does not count is not read
-    if (j < packs && row.counts) pack = load_pack<T, V>(logits, at, narrow<T>((A)0));
+  const Packs<T, V> row_packs = packs_of_row<T, V>(logits, p.C), at = row_packs.before(exists ? row_packs.packs : 0);
+  const bool wide = lead_of<G, V>(grad) == at.lead;
+  typedef Turn<T, V, KIND == PLAIN ? TURN : 1> Packed;
+#pragma unroll 1
+  for (int k = 0; k < each; k += Packed::SIZE) {
+    const int j = (int)min_of((tile * each + k) * lanes + lane, at.packs);
+    Packed packed{};  // a row that does not count is not read
+    if (row.counts) packed = load_turn<Packed::SIZE>(at, j, lanes, narrow<T>(-infinity<A>()));
     if (sizeof(G) < sizeof(T)) __syncthreads();  // the logits of this turn are read before gradients go over them
-    if (j < packs) store_pack(grad, at, wide, gradient<G, T, DENSE, V>(p, row, n, at, pack));
+    write_turn<G, T, KIND>(p, row, n, at, j, lanes, packed, grad, wide);
   }
+  write_hot<G, T>(row, at, (int)(tile * each * lanes), lane, lanes, grad);
 }
 
 // ------------------------------------------------------------------------------------------------ class ids

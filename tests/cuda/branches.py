@@ -41,6 +41,7 @@ class Case(NamedTuple):
         return f"{self.variant}-{self.dtype.name}-{self.N}x{self.C}-at{self.offset}+{self.gap}-{what}-{self.out}"
 
 
+PLAIN = "weight z_loss"  # no instance for options is needed
 ALL = "weight smoothing bias temperature softcap z_loss stats"
 
 
@@ -58,6 +59,11 @@ def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
         yield Case("block", dtype, 1, 130 * V, offset=V - 1, dense="float64", options=ALL)
         yield Case("two sweeps", dtype, 1, 2100 * V + 1, dense="bfloat16", options="weight stats", shared=1200)
         yield Case("split", dtype, 1, 2060 * V + 1, offset=1, options=ALL, processors=3)
+        yield Case("warp", dtype, 5, 100 * V + 1, offset=1, options=PLAIN, out="same")
+        yield Case("block", dtype, 3, 2060 * V + 3, offset=1, gap=1, options=PLAIN)
+        yield Case("block", dtype, 2, 200 * V + 3, gap=1, options=PLAIN, out="shifted")
+        yield Case("two sweeps", dtype, 3, 2100 * V + 1, gap=V - 1, options=PLAIN, shared=1200, out="same")
+        yield Case("split", dtype, 1, 2060 * V + 1, offset=1, options=PLAIN, processors=3)
         yield Case("split", dtype, 1, 2060 * V, dense=q, options="smoothing stats", processors=3)
     for out in ("float16", "bfloat16") if np.float32 in dtypes else ():
         dtype = np.dtype(np.float32)

@@ -56,14 +56,16 @@ def blocks(text: str) -> list[Block]:
             labels[label[1]] = len(ops)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([\w.]+)\s*(.*?)\s*;", line):
             ops.append((found[1] or "", found[2], found[3]))
-    jump = [bool(re.match(r"BRA|EXIT|RET", op)) for _, op, _ in ops]
+    # some loops are left by a call of a label, from which nothing returns
+    to_label = [op.startswith(("BRA", "CALL")) and ".L_" in operands for _, op, operands in ops]
+    jump = [to or op.startswith(("EXIT", "RET")) for to, (_, op, _) in zip(to_label, ops, strict=True)]
     starts = sorted({0, *labels.values(), *(i + 1 for i, is_jump in enumerate(jump) if is_jump)} - {len(ops)})
     number = {start: i for i, start in enumerate(starts)}
     found = []
     for start, end in zip(starts, [*starts[1:], len(ops)], strict=True):
-        predicate, op, operands = ops[end - 1]
-        to = labels.get("".join(re.findall(r"\.L_\w+", operands)), -1) if op.startswith("BRA") else -1
-        always = jump[end - 1] and not predicate and (not op.startswith("BRA") or operands.startswith("`"))
+        predicate, _, operands = ops[end - 1]
+        to = labels.get("".join(re.findall(r"\.L_\w+", operands)), -1) if to_label[end - 1] else -1
+        always = jump[end - 1] and not predicate and (not to_label[end - 1] or operands.startswith("`"))
         following = [to] * (to >= 0) + [end] * (not always)
         found.append(Block([op for _, op, _ in ops[start:end]], [number[i] for i in following if i in number]))
     return found
@@ -106,7 +108,7 @@ class Turn(NamedTuple):
         return {name: n / self.logits for name, n in found.most_common()}
 
 
-MOST = 8  # packs of a turn
+MOST = 4  # packs of a turn
 
 
 def cheapest_turn(code: list[Block], access: str, V: int) -> Turn | None:
@@ -148,20 +150,20 @@ def _path(came: dict[tuple[int, int, int], tuple[int, int, int]], state: tuple[i
 
 def sweeps(name: str, text: str) -> dict[str, Turn]:
     """Count the sweeps of a kernel of `instances` that streams packs of class ids' logits; others have none."""
-    found = re.match(r"(ce_rows|ce_partial|ce_backward)<(.*)>", name)
-    if not found or found[2].split(", ")[0] == "double":
-        return {}
-    kernel, (T, kind, *numbers) = found[1], found[2].split(", ")
+    found = re.match(r"(ce_rows|ce_partial|ce_backward)<(\w+), (PLAIN|OPTIONS), (.*)>", name)
     size = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
-    V = 16 // size[T]
-    if kind == "true" or str(V) not in numbers[:2]:
+    if not found or found[2] not in size:
         return {}
-    G = numbers[-1] if numbers[-1] in size else T
-    code = blocks(text)
-    turns = {
-        "forward": None if kernel == "ce_backward" else cheapest_turn(code, r"LDG\..*\b128\b", V),
-        "backward": cheapest_turn(code, rf"STG\..*\b{8 * V * size[G]}\b", V),
-    }
+    kernel, T, numbers, V = found[1], found[2], found[4].split(", "), 16 // size[found[2]]
+    if numbers[0] != ("0" if kernel == "ce_rows" else str(V)):  # a row of few packs passes no loop
+        return {}
+    G, code = numbers[-1] if numbers[-1] in size else T, blocks(text)
+    loads, stores = r"LDG\..*\b128\b", rf"STG\..*\b{8 * V * size[G]}\b"
+    if kernel == "ce_rows" and numbers[2] != "0":  # all but a thread's first packs pass through shared memory
+        loads, stores = r"STS\..*\b128\b", r"LDS\..*\b128\b"
+    turns = {"forward": cheapest_turn(code, loads, V), "backward": cheapest_turn(code, stores, V)}
+    if kernel == "ce_backward":
+        del turns["forward"]
     return {sweep: turn for sweep, turn in turns.items() if turn}
 
 
@@ -197,7 +199,7 @@ def main(arguments: list[str]) -> int:
     architectures = tuple(a for a in arguments if a.isdigit()) or compile_table.ARCHITECTURES
     shown = "90" if "90" in architectures else architectures[-1]
     kernels = compile_table.compile_all(
-        architectures, lambda group: group[0] == "cross_entropy" and not {"double", "true", "ids"} & {*group}
+        architectures, lambda group: group[0] == "cross_entropy" and not {"double", "PROBS", "ids"} & {*group}
     )
     counts = counts_of(kernels)
     if "--budget" in arguments:

@@ -176,7 +176,7 @@ BY_HAND = (
     Mutant(
         "16-byte stores although the gradient lies off the logits' boundary",
         "cross_entropy",
-        "const bool wide = lead_of<G, V>(grad) == lead;",
+        "const bool wide = lead_of<G, V>(grad) == at.lead;",
         "const bool wide = true;",
     ),
     Mutant(
@@ -188,10 +188,47 @@ BY_HAND = (
     Mutant(
         "the staged row is read one thread off",
         "cross_entropy",
-        "mine = stage[j - KEEP * lanes];",
-        "mine = stage[j - KEEP * lanes + (lane % 2 ? -1 : 1)];",
+        "kept.words[u] = stage[j + u * lanes - each];",
+        "kept.words[u] = stage[j + u * lanes - each + (lane % 2 ? -1 : 1)];",
     ),
-    Mutant("the ring of registers is not turned back", "cross_entropy", "    if (k < KEEP) turn(kept, mine);", ""),
+    Mutant("a turn is not brought back", "common", "    memcpy(&words[U - 1], &last, sizeof last);\n", ""),
+    Mutant("a pack is not turned round", "cross_entropy", "turn(pack, group);", "", place=0),
+    Mutant(
+        "the sum of a row without options is not rescaled",
+        "cross_entropy",
+        "    sums.exp *= exp_of_difference(sums.max - from);\n",
+        "",
+    ),
+    Mutant(
+        "the largest of a pack is not its last",
+        "common",
+        "for (int i = 1; i < V; ++i) z[0]",
+        "for (int i = 1; i < V - 1; ++i) z[0]",
+    ),
+    Mutant(
+        "columns beside a row count",
+        "cross_entropy",
+        "narrow<T>(-infinity<A>()));\n    absorb",
+        "narrow<T>((A)0));\n    absorb",
+    ),
+    Mutant(
+        "a pack that sticks out of its row is loaded whole",
+        "common",
+        "j + (U - 1) * step < last;",
+        "j + (U - 1) * step <= last;",
+    ),
+    Mutant(
+        "the gradient at the class id is written by another thread",
+        "cross_entropy",
+        "if (j % lanes == lane) store",
+        "if ((j + 1) % lanes == lane) store",
+    ),
+    Mutant(
+        "the gradient at the class id is written by every tile",
+        "cross_entropy",
+        "if (pack / (lanes * each) != tile) row.hot = -1;",
+        "",
+    ),
     Mutant(
         "the row's offset in 32 bits",
         "cross_entropy",
@@ -208,8 +245,26 @@ BY_HAND = (
     Mutant(
         "an ignored row has a gradient",
         "cross_entropy",
-        "    if (row.counts) {\n      grad =",
-        "    if (true) {\n      grad =",
+        "if (row.counts) grads =",
+        "grads =",
+    ),
+    Mutant(
+        "an ignored row without options has a gradient",
+        "cross_entropy",
+        "  if (!row.counts) kept = Packed{};\n",
+        "",
+    ),
+    Mutant(
+        "an ignored row without options has a gradient: ce_backward",
+        "cross_entropy",
+        "    if (row.counts) packed = load_turn",
+        "    packed = load_turn",
+    ),
+    Mutant(
+        "an ignored row has a probability",
+        "cross_entropy",
+        "  if (!row.counts) row.max = row.log_sum = row.mass = row.pull = row.scale = 0;\n",
+        "",
     ),
     Mutant("an invalid id passes silently", "cross_entropy", "id == INVALID ? nan : (A)0", "(A)0"),
     Mutant(
@@ -221,8 +276,8 @@ BY_HAND = (
     Mutant(
         "smoothing leaves the class id's share whole",
         "cross_entropy",
-        "row.y_hot = hit ? p.hot * m : (A)0;",
-        "row.y_hot = hit ? m : (A)0;",
+        "row.at_hot = hit ? p.hot * m : (A)0;",
+        "row.at_hot = hit ? m : (A)0;",
     ),
     Mutant(
         "class ids of a shard without its offset",
@@ -234,8 +289,8 @@ BY_HAND = (
     Mutant(
         "an unguarded target",
         "cross_entropy",
-        "const bool hit = !DENSE && row.counts && c >= 0 && c < p.C;",
-        "const bool hit = !DENSE && row.counts;",
+        "const bool hit = KIND != PROBS && row.counts && c >= 0 && c < p.C;",
+        "const bool hit = KIND != PROBS && row.counts;",
         "shard",
     ),
     Mutant(
@@ -244,7 +299,9 @@ BY_HAND = (
         "if (y[i] != 0) sums.dot += y[i] * u;",
         "sums.dot += y[i] * u;",
     ),
-    Mutant("no slope of the softcap", "cross_entropy", "if (p.softcap != 0) g *= slope[i];", ""),
+    Mutant("no slope of the softcap", "cross_entropy", "z[i] *= slope[i];", ";"),
+    Mutant("no slope at the class id", "cross_entropy", "row.at_hot *= slope_of(p, r);", ";"),
+    Mutant("no smoothing at the class id", "cross_entropy", "y + row.at_hot);", "row.at_hot);"),
     Mutant(
         "the slope of a saturated softcap from 1 − tanh²",
         "cross_entropy",
@@ -262,8 +319,8 @@ BY_HAND = (
     Mutant(
         "z-loss is added to the mass before the target is taken off",
         "cross_entropy",
-        "(row.mass * prob - y[i] + row.pull * prob)",
-        "((row.mass + row.pull) * prob - y[i])",
+        "(row.mass * prob - y + row.pull * prob)",
+        "((row.mass + row.pull) * prob - y)",
         "digits",
     ),
     Mutant(
@@ -299,8 +356,8 @@ BY_HAND = (
     Mutant(
         "blocks of a row overlap by a pack",
         "cross_entropy",
-        "min_of((s + 1) * packs_each, packs_of<V>(lead, p.C))",
-        "min_of((s + 1) * packs_each + 1, packs_of<V>(lead, p.C))",
+        "min_of((s + 1) * packs_each, row.packs)",
+        "min_of((s + 1) * packs_each + 1, row.packs)",
     ),
     Mutant(
         "blocks add to one another's sums",
@@ -422,22 +479,22 @@ BY_HAND = (
     Mutant(
         "factors of rows in 32 bits: a warp",
         "cross_entropy",
-        "if (grad_nc) row.scale = load(row_scale_n + n * scale_stride);",
-        "if (grad_nc) row.scale = load(row_scale_n + (int)(n * scale_stride));",
+        "if (grad_nc) {\n        row.scale = load(row_scale_n + n * scale_stride);",
+        "if (grad_nc) {\n        row.scale = load(row_scale_n + (int)(n * scale_stride));",
         "far",
     ),
     Mutant(
         "factors of rows in 32 bits: a block",
         "cross_entropy",
-        "{\n        row.scale = load(row_scale_n + n * scale_stride);",
-        "{\n        row.scale = load(row_scale_n + (int)(n * scale_stride));",
+        "(KEEP && grad_nc) {\n        row.scale = load(row_scale_n + n * scale_stride);",
+        "(KEEP && grad_nc) {\n        row.scale = load(row_scale_n + (int)(n * scale_stride));",
         "far",
     ),
     Mutant(
         "factors of rows in 32 bits: ce_backward",
         "cross_entropy",
-        "row.scale = load(row_scale_n + n * scale_stride);\n    rows",
-        "row.scale = load(row_scale_n + (int)(n * scale_stride));\n    rows",
+        "row.scale = load(row_scale_n + n * scale_stride);\n    const int pack",
+        "row.scale = load(row_scale_n + (int)(n * scale_stride));\n    const int pack",
         "far",
     ),
     Mutant(
@@ -482,15 +539,15 @@ BY_HAND = (
     Mutant(
         "float16 saturates",
         "common",
-        "return __float2half_rn((float)x);",
-        "return __float2half_rn((float)x > 65504 ? 65504.0f : (float)x);",
+        "__floats2half2_rn((float)g[i], ",
+        "__floats2half2_rn((float)g[i] > 65504 ? 65504.0f : (float)g[i], ",
         "top",
     ),
     Mutant(
         "bfloat16 saturates",
         "common",
-        "return __float2bfloat16_rn((float)x);",
-        "return __float2bfloat16_rn((float)x > 3.38e38f ? 3.38e38f : (float)x);",
+        "__floats2bfloat162_rn((float)g[i], ",
+        "__floats2bfloat162_rn((float)g[i] > 3.38e38f ? 3.38e38f : (float)g[i], ",
         "top",
     ),
     Mutant(

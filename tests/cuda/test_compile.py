@@ -25,6 +25,22 @@ def test_registers_occupancy_and_wide_accesses(kernels: list[compile_table.Kerne
     assert [(k, k.problems()) for k in kernels if k.problems()] == []
 
 
+def test_instructions_per_logit_stay_within_their_budget(kernels: list[compile_table.Kernel]) -> None:
+    counts = instructions.counts_of(kernels)
+    assert instructions.over_budget(counts) == []
+    expected = {
+        "ce_rows": {"forward", "backward"},
+        "ce_rows forward": {"forward"},
+        "ce_partial": {"forward"},
+        "ce_backward": {"backward"},
+    }
+    for name, by_sweep in counts.items():
+        kernel = name.split("<")[0] + " forward" * name.endswith(", 0>")
+        assert set(by_sweep) == expected[kernel], name
+        assert all(tuple(by_device) == compile_table.ARCHITECTURES for by_device in by_sweep.values()), name
+    assert {name.split("<")[0] for name in counts} == {"ce_rows", "ce_partial", "ce_backward"}
+
+
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
 .L_x_1:

@@ -105,7 +105,7 @@ def test_a_struct_that_host_and_kernels_do_not_share_does_not_compile(struct: st
     else:
         fields.append(("more", "i64"))
     wrong = structs.Struct(struct.name, dict(fields))
-    kernel = "ce_combine<float, false>"
+    kernel = "ce_combine<float, PLAIN>"
     module = fake.cupy().RawModule(
         code=source("cross_entropy") + wrong.check("float"), options=OPTIONS, name_expressions=(kernel,)
     )

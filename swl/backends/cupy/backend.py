@@ -92,6 +92,11 @@ become 0.
 _C = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}  # C's name of a dtype
 _SIZE = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}  # bytes
 _NARROWER = {"float": ("__half", "__nv_bfloat16")}  # types of gradients, other than their own, that logits may have
+_KINDS = (
+    "PLAIN",
+    "OPTIONS",
+    "PROBS",
+)  # Kind of cross_entropy.cu; float64 has no PLAIN, whose exponentials take most registers
 _INDEX = {"int32": "int", "int64": "long long"}
 
 
@@ -100,24 +105,24 @@ def instances() -> dict[tuple[str, ...], tuple[str, ...]]:
     groups: dict[tuple[str, ...], tuple[str, ...]] = {}
     for T, size in _SIZE.items():
         wide = 16 // size
-        for dense in ("false", "true"):
-            groups["cross_entropy", T, dense] = (
-                f"ce_rows<{T}, {dense}, 8, 1, 4>",
-                f"ce_rows<{T}, {dense}, 32, {wide}, {_KEEP_WARP}>",
-                f"ce_rows<{T}, {dense}, 0, {wide}, {_KEEP_BLOCK}>",
-                f"ce_rows<{T}, {dense}, 0, {wide}, 0>",
-                f"ce_partial<{T}, {dense}, {wide}>",
-                f"ce_combine<{T}, {dense}>",
-                f"ce_backward<{T}, {dense}, 1>",
-                f"ce_backward<{T}, {dense}, {wide}>",
+        for kind in _KINDS[T == "double" :]:
+            groups["cross_entropy", T, kind] = (
+                f"ce_rows<{T}, {kind}, 8, 1, 4>",
+                f"ce_rows<{T}, {kind}, 32, {wide}, {_KEEP_WARP}>",
+                f"ce_rows<{T}, {kind}, 0, {wide}, {_KEEP_BLOCK}>",
+                f"ce_rows<{T}, {kind}, 0, {wide}, 0>",
+                f"ce_partial<{T}, {kind}, {wide}>",
+                f"ce_combine<{T}, {kind}>",
+                f"ce_backward<{T}, {kind}, 1>",
+                f"ce_backward<{T}, {kind}, {wide}>",
             )
             for G in _NARROWER.get(T, ()):  # gradients of a fused head, for products of 16-bit operands
-                groups["cross_entropy", T, dense, G] = (
-                    f"ce_rows<{T}, {dense}, 8, 1, 4, {G}>",
-                    f"ce_rows<{T}, {dense}, 32, {wide}, {_KEEP_WARP}, {G}>",
-                    f"ce_rows<{T}, {dense}, 0, {wide}, {_KEEP_BLOCK}, {G}>",
-                    f"ce_backward<{T}, {dense}, 1, {G}>",
-                    f"ce_backward<{T}, {dense}, {wide}, {G}>",
+                groups["cross_entropy", T, kind, G] = (
+                    f"ce_rows<{T}, {kind}, 8, 1, 4, {G}>",
+                    f"ce_rows<{T}, {kind}, 32, {wide}, {_KEEP_WARP}, {G}>",
+                    f"ce_rows<{T}, {kind}, 0, {wide}, {_KEEP_BLOCK}, {G}>",
+                    f"ce_backward<{T}, {kind}, 1, {G}>",
+                    f"ce_backward<{T}, {kind}, {wide}, {G}>",
                 )
         groups["affine", T] = (
             *(f"fill_rows<{T}, {B}>" for B in _SIZE),
@@ -550,13 +555,13 @@ class CupyBackend:
         device = self._device(logits)
         how = plan(N, C, logits.itemsize, device.limits)
         dense_logits = logits if _rows_are_dense(logits) else xp.ascontiguousarray(logits)
-        c_type, dense, head = self._problem(dense_logits, target)
+        c_type, kind, head = self._problem(dense_logits, target, stats)
         if how.variant == "split":
             sums = xp.empty((N, how.splits, 7), dtype=rows.loss.dtype)
             at = xp.empty((N, how.splits), dtype=np.int64)
             self._launch(
                 device,
-                f"ce_partial<{c_type}, {dense}, {how.V}>",
+                f"ce_partial<{c_type}, {kind}, {how.V}>",
                 (how.blocks,),
                 (how.threads,),
                 (head, _i64(how.splits), _i64(how.packs_each), sums, at, _i32(stats)),
@@ -564,7 +569,7 @@ class CupyBackend:
             )
             self._launch(
                 device,
-                f"ce_combine<{c_type}, {dense}>",
+                f"ce_combine<{c_type}, {kind}>",
                 (-(-N // 4),),
                 (128,),
                 (head, outputs, _i64(how.splits), sums, at),
@@ -578,7 +583,7 @@ class CupyBackend:
             )
             self._launch(
                 device,
-                f"ce_rows<{c_type}, {dense}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}"
+                f"ce_rows<{c_type}, {kind}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}"
                 f"{_narrower(logits, out) if fused else ''}>",
                 (how.blocks,),
                 (how.threads,),
@@ -598,7 +603,7 @@ class CupyBackend:
             return
         dense_logits = logits if _rows_are_dense(logits) else xp.ascontiguousarray(logits)
         dense_out = out if _rows_are_dense(out) else self.empty(out.shape, out.dtype)
-        c_type, dense, head = self._problem(dense_logits, target)
+        c_type, kind, head = self._problem(dense_logits, target, False)
         few = C <= _PART_LANES * _PART_KEEP
         V = 1 if few else 16 // logits.itemsize
         packs = -(-(C + V - 1) // V)
@@ -607,7 +612,7 @@ class CupyBackend:
         tiles = -(-packs // (lanes * each))
         self._launch(
             self._device(logits),
-            f"ce_backward<{c_type}, {dense}, {V}{_narrower(logits, out)}>",
+            f"ce_backward<{c_type}, {kind}, {V}{_narrower(logits, out)}>",
             (-(-N // (256 // lanes)) * tiles,),
             (256,),
             (
@@ -638,8 +643,8 @@ class CupyBackend:
         rows = Rows(*values)
         return rows, ROWS_OUT(_C[logits.dtype.name], {f"{name}_n": value for name, value in rows._asdict().items()})
 
-    def _problem(self, logits: Any, target: Target) -> tuple[str, str, Any]:
-        """Give the kernels' type arguments, and the argument that all of them start with."""
+    def _problem(self, logits: Any, target: Target, stats: bool) -> tuple[str, str, Any]:
+        """Give the kernels' type and kind, and the argument that all of them start with."""
         xp = self.xp
         acc = np.float64 if logits.dtype == np.float64 else np.float32
         N, C = logits.shape
@@ -679,7 +684,9 @@ class CupyBackend:
             "mass_miss": target.rest * C,
             "first_class": target.first_class,
         }
-        return T, "false" if probs is None else "true", PROBLEM(T, values)
+        by_column = stats or rest or target.softcap or target.temperature != 1 or target.bias is not None
+        kind = "PROBS" if probs is not None else "OPTIONS" if by_column or T == "double" else "PLAIN"
+        return T, kind, PROBLEM(T, values)
 
     # -------------------------------------------------------------------------------------------- the host's side
 
