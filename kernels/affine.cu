@@ -5,7 +5,7 @@
 //
 // Names: y_nk is a matrix (N, K) of rows `stride` elements apart.
 
-#include "common.cuh"
+#include "packs.cuh"
 
 // y_nk[n, k] = b_k[k]. A thread writes one pack in each of the rows n, n + gridDim.y, …
 template <typename T, typename B>

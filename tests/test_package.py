@@ -83,7 +83,7 @@ def test_in_an_archive_it_runs(wheel: Path, tmp_path: Path) -> None:
     for backend in ("numpy", "numba"):
         said = run(sys.executable, "-c", code.format(backend), cwd=tmp_path, env=environment)
         assert said.split() == [str(wheel / "swl" / "__init__.py"), "1.3862943611198906"]
-    code = "from swl.backends.cupy.backend import source; print(source('cross_entropy'))"
+    code = "from swl.backends.cupy.compilation import source; print(source('cross_entropy'))"
     assert "__global__" in run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
 
 

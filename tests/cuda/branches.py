@@ -51,6 +51,7 @@ def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
         V = 16 // dtype.itemsize
         q = "float32" if dtype.itemsize == 2 else dtype.name
         yield Case("part", dtype, 35, 10)
+        yield Case("part", dtype, 6, 30, options=ALL)
         yield Case("part", dtype, 3, 32, gap=3, dense=q, options=ALL)
         yield Case("warp", dtype, 5, 40 * V, options=ALL, out="same")
         yield Case("warp", dtype, 6, 30 * V + 1, offset=1, dense="float16", options="stats")
@@ -71,6 +72,9 @@ def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
             yield Case("part", dtype, 35, 10, gap=1, dense=dense, out=out)
             yield Case("warp", dtype, 6, 301, offset=1, dense=dense, options=ALL, out=out)
             yield Case("block", dtype, 2, 2060, dense=dense, options="bias", out=out)
+        yield Case("part", dtype, 6, 30, options=ALL, out=out)
+        yield Case("warp", dtype, 6, 301, offset=1, options=PLAIN, out=out)
+        yield Case("block", dtype, 3, 8243, offset=1, options=PLAIN, out=out)
         yield Case("block", dtype, 2, 8243, offset=3, gap=2, options="smoothing", out=out)
         yield Case("two sweeps", dtype, 2, 8401, offset=1, options=ALL, shared=1200, out=out)
         yield Case("split", dtype, 1, 8240, processors=3, out=out)

@@ -13,7 +13,8 @@ import fakecuda
 import numpy as np
 
 from swl.backends import Rows
-from swl.backends.cupy.backend import CupyBackend, Limits, plan
+from swl.backends.cupy.backend import CupyBackend
+from swl.backends.cupy.plans import Limits, plan
 from swl.backends.numpy import NumpyBackend
 from swl.backends.protocol import IGNORED, INVALID, Target
 

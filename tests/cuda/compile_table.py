@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import instructions
 
-from swl.backends.cupy.backend import OPTIONS, instances, module_source
+from swl.backends.cupy.compilation import OPTIONS, instances, module_source
 
 ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
 

@@ -199,7 +199,7 @@ def main(arguments: list[str]) -> int:
     architectures = tuple(a for a in arguments if a.isdigit()) or compile_table.ARCHITECTURES
     shown = "90" if "90" in architectures else architectures[-1]
     kernels = compile_table.compile_all(
-        architectures, lambda group: group[0] == "cross_entropy" and not {"double", "PROBS", "ids"} & {*group}
+        architectures, lambda group: group[0] == "cross_entropy" and not {"double", "PROBS", "class_ids"} & {*group}
     )
     counts = counts_of(kernels)
     if "--budget" in arguments:

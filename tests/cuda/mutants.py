@@ -30,7 +30,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / "cuda"), str(ROOT / "tests"), str(ROOT)]
 
-KERNELS = ("cross_entropy", "affine", "common")
+KERNELS = tuple(sorted(path.stem for path in (ROOT / "kernels").iterdir()))
 TESTS = {
     "sweep": "test_kernels.py -k 'every_branch and float32'",
     "ids": "test_kernels.py -k class_ids",
@@ -64,10 +64,6 @@ class Mutant(NamedTuple):
     tests: str = "sweep"
     place: int | None = None  # which of several that read the same; None: all
 
-    def is_in(self, name: str) -> bool:
-        """Tell whether a source file has this text, its header included."""
-        return self.file in (name, "common")
-
     def replaced(self, text: str) -> str:
         """Return the text with the piece replaced."""
         if self.old not in text:
@@ -81,7 +77,7 @@ class Mutant(NamedTuple):
 BY_HAND = (
     Mutant(
         "no barrier before warp 0 reads the other warps' sums",
-        "cross_entropy",
+        "sums",
         "  __syncthreads();  // warp 0 reads",
         "  // warp 0 reads",
     ),
@@ -102,7 +98,7 @@ BY_HAND = (
     ),
     Mutant(
         "no barrier before thread 0 counts class ids",
-        "cross_entropy",
+        "class_ids",
         "  __syncthreads();  // thread 0 reads",
         "  // thread 0 reads",
         "ids",
@@ -110,13 +106,13 @@ BY_HAND = (
     Mutant("no barrier in the column sums", "affine", "  __syncthreads();  // row 0", "  // row 0", "affine"),
     Mutant(
         "a barrier that only some threads reach",
-        "cross_entropy",
+        "sums",
         "  if (lane == 0) warps[warp] = sums;",
         "  if (lane == 0) { warps[warp] = sums; __syncthreads(); }",
     ),
     Mutant(
         "shuffles over half the lanes of a row",
-        "cross_entropy",
+        "sums",
         "other.exp = __shfl_down_sync(ALL_LANES, sums.exp, step, LANES)",
         "other.exp = __shfl_down_sync(ALL_LANES, sums.exp, step, LANES / 2)",
     ),
@@ -128,48 +124,46 @@ BY_HAND = (
     ),
     Mutant(
         "the reduction starts a step too low",
-        "cross_entropy",
+        "sums",
         "for (int step = LANES / 2; step > 0; step /= 2) {\n    Sums",
         "for (int step = LANES / 4; step > 0; step /= 2) {\n    Sums",
     ),
     Mutant(
         "the last warp's sums are left out",
-        "cross_entropy",
+        "sums",
         "lane < (int)(blockDim.x / 32) ? warps[lane]",
         "lane < (int)(blockDim.x / 32) - 1 ? warps[lane]",
     ),
     Mutant(
         "no rescale when the maximum grows",
-        "cross_entropy",
+        "sums",
         "  rescale(sums, max);\n  const A from",
         "  sums.max = max;\n  const A from",
     ),
     Mutant(
         "the exponentials are rescaled, the dot product is not",
-        "cross_entropy",
+        "sums",
         "if (sums.mass != 0) sums.dot += sums.mass * shift;",
         "",
     ),
     Mutant(
         "entropy rescaled without its shift",
-        "cross_entropy",
+        "sums",
         "factor * (sums.entropy + shift * sums.exp)",
         "factor * sums.entropy",
     ),
     Mutant(
         "one of two sums is not rescaled when they meet",
-        "cross_entropy",
+        "sums",
         "  rescale(a, max);\n  rescale(b, max);",
         "  rescale(b, max);",
     ),
     Mutant("the maximum drops NaN", "common", "(a >= b || a != a) ? a : b", "a >= b ? a : (b == b ? b : a)"),
-    Mutant(
-        "the tail is one column short", "common", "C - c < V ? (int)(C - c) : V", "C - c < V ? (int)(C - c) - 1 : V"
-    ),
-    Mutant("the head begins one column late", "common", "c < 0 ? (int)-c : 0", "c < 0 ? (int)-c + 1 : 0"),
+    Mutant("the tail is one column short", "packs", "C - c < V ? (int)(C - c) : V", "C - c < V ? (int)(C - c) - 1 : V"),
+    Mutant("the head begins one column late", "packs", "c < 0 ? (int)-c : 0", "c < 0 ? (int)-c + 1 : 0"),
     Mutant(
         "packs laid from the row's start, wherever it lies",
-        "common",
+        "packs",
         "return V == 1 ? 0 : (int)(((unsigned long long)row % (V * sizeof(T))) / sizeof(T));",
         "return 0;",
     ),
@@ -181,7 +175,7 @@ BY_HAND = (
     ),
     Mutant(
         "the last pack of a row is not counted",
-        "common",
+        "packs",
         "return (int)((C + lead + V - 1) / V);",
         "return (int)((C + lead) / V);",
     ),
@@ -191,17 +185,17 @@ BY_HAND = (
         "kept.words[u] = stage[j + u * lanes - each];",
         "kept.words[u] = stage[j + u * lanes - each + (lane % 2 ? -1 : 1)];",
     ),
-    Mutant("a turn is not brought back", "common", "    memcpy(&words[U - 1], &last, sizeof last);\n", ""),
-    Mutant("a pack is not turned round", "cross_entropy", "turn(pack, group);", "", place=0),
+    Mutant("a turn is not brought back", "packs", "    memcpy(&words[U - 1], &last, sizeof last);\n", ""),
+    Mutant("a pack is not turned round", "sums", "turn(pack, group);", "", place=0),
     Mutant(
         "the sum of a row without options is not rescaled",
-        "cross_entropy",
+        "sums",
         "    sums.exp *= exp_of_difference(sums.max - from);\n",
         "",
     ),
     Mutant(
         "the largest of a pack is not its last",
-        "common",
+        "packs",
         "for (int i = 1; i < V; ++i) z[0]",
         "for (int i = 1; i < V - 1; ++i) z[0]",
     ),
@@ -213,13 +207,13 @@ BY_HAND = (
     ),
     Mutant(
         "a pack that sticks out of its row is loaded whole",
-        "common",
+        "packs",
         "j + (U - 1) * step < last;",
         "j + (U - 1) * step <= last;",
     ),
     Mutant(
         "the gradient at the class id is written by another thread",
-        "cross_entropy",
+        "rows",
         "if (j % lanes == lane) store",
         "if ((j + 1) % lanes == lane) store",
     ),
@@ -238,13 +232,13 @@ BY_HAND = (
     ),
     Mutant(
         "an ignored row has a loss",
-        "cross_entropy",
+        "rows",
         "row.counts ? loss : id == INVALID ? nan : (A)0",
         "id == INVALID ? nan : loss",
     ),
     Mutant(
         "an ignored row has a gradient",
-        "cross_entropy",
+        "rows",
         "if (row.counts) grads =",
         "grads =",
     ),
@@ -262,63 +256,63 @@ BY_HAND = (
     ),
     Mutant(
         "an ignored row has a probability",
-        "cross_entropy",
+        "rows",
         "  if (!row.counts) row.max = row.log_sum = row.mass = row.pull = row.scale = 0;\n",
         "",
     ),
-    Mutant("an invalid id passes silently", "cross_entropy", "id == INVALID ? nan : (A)0", "(A)0"),
+    Mutant("an invalid id passes silently", "rows", "id == INVALID ? nan : (A)0", "(A)0"),
     Mutant(
         "smoothing mass is not multiplied by the class weight",
-        "cross_entropy",
+        "problem",
         "y[i] *= load_shared_by_rows(p.weight_c + at.c + i);",
         "y[i] *= 1;",
     ),
     Mutant(
         "smoothing leaves the class id's share whole",
-        "cross_entropy",
+        "rows",
         "row.at_hot = hit ? p.hot * m : (A)0;",
         "row.at_hot = hit ? m : (A)0;",
     ),
     Mutant(
         "class ids of a shard without its offset",
-        "cross_entropy",
+        "rows",
         "const i64 c = id - p.first_class;",
         "const i64 c = id;",
         "shard",
     ),
     Mutant(
         "an unguarded target",
-        "cross_entropy",
+        "rows",
         "const bool hit = KIND != PROBS && row.counts && c >= 0 && c < p.C;",
         "const bool hit = KIND != PROBS && row.counts;",
         "shard",
     ),
     Mutant(
         "a masked class with mass 0 makes the dot product NaN",
-        "cross_entropy",
+        "sums",
         "if (y[i] != 0) sums.dot += y[i] * u;",
         "sums.dot += y[i] * u;",
     ),
-    Mutant("no slope of the softcap", "cross_entropy", "z[i] *= slope[i];", ";"),
-    Mutant("no slope at the class id", "cross_entropy", "row.at_hot *= slope_of(p, r);", ";"),
-    Mutant("no smoothing at the class id", "cross_entropy", "y + row.at_hot);", "row.at_hot);"),
+    Mutant("no slope of the softcap", "rows", "z[i] *= slope[i];", ";"),
+    Mutant("no slope at the class id", "rows", "row.at_hot *= slope_of(p, r);", ";"),
+    Mutant("no smoothing at the class id", "rows", "y + row.at_hot);", "row.at_hot);"),
     Mutant(
         "the slope of a saturated softcap from 1 − tanh²",
-        "cross_entropy",
+        "problem",
         "return 4 * e / fma_of(e, 2 + e, (A)1);",
         "return 1 - tanh_of(r * p.softcap_inverse) * tanh_of(r * p.softcap_inverse);",
         "digits",
     ),
     Mutant(
         "the softcap's exponent as it was rounded",
-        "cross_entropy",
+        "problem",
         "e -= e * (fma_of(twice, p.softcap_inverse, -a) + twice * p.softcap_inverse_rest);",
         "e -= 0;",
         "digits",
     ),
     Mutant(
         "z-loss is added to the mass before the target is taken off",
-        "cross_entropy",
+        "rows",
         "(row.mass * prob - y + row.pull * prob)",
         "((row.mass + row.pull) * prob - y)",
         "digits",
@@ -331,13 +325,13 @@ BY_HAND = (
     ),
     Mutant(
         "z-loss missing from the gradient",
-        "cross_entropy",
+        "rows",
         "return z_loss == 0 ? (A)0 : 2 * z_loss * m * (max + log_sum);",
         "return 0;",
     ),
     Mutant(
         "the bias of the neighbouring class",
-        "cross_entropy",
+        "problem",
         "z[i] += load_shared_by_rows(p.bias_c + at.c + i);",
         "z[i] += load_shared_by_rows(p.bias_c + (at.c + i > 0 ? at.c + i - 1 : 0));",
     ),
@@ -395,28 +389,28 @@ BY_HAND = (
     ),
     Mutant(
         "an id equal to the number of classes is let through",
-        "cross_entropy",
+        "class_ids",
         "id < 0 || id >= n_classes",
         "id < 0 || id > n_classes",
         "ids",
     ),
     Mutant(
         "the last bad row is reported, not the first",
-        "cross_entropy",
+        "class_ids",
         "      bad = min_of(bad, n);",
         "      bad = n;",
         "ids",
     ),
     Mutant(
         "the weight of an ignored row counts",
-        "cross_entropy",
+        "class_ids",
         "const A m = id < 0 ? (A)0 : weight_c",
         "const A m = weight_c && id == -1 ? weight_c[0] : id < 0 ? (A)0 : weight_c",
         "ids",
     ),
     Mutant(
         "a later error replaces the first",
-        "cross_entropy",
+        "class_ids",
         "atomicCAS(error_5, 0ull, 1ull) == 0ull",
         "(atomicCAS(error_5, 0ull, 1ull), true)",
         "ids",
@@ -464,14 +458,14 @@ BY_HAND = (
     ),
     Mutant(
         "rows of probabilities in 32 bits",
-        "cross_entropy",
+        "problem",
         "n * p.probs_row * bytes;",
         "(int)(n * p.probs_row * bytes);",
         "far",
     ),
     Mutant(
         "columns of probabilities in 32 bits",
-        "cross_entropy",
+        "problem",
         "load(row + (at.c + i) * column)",
         "load(row + (int)((at.c + i) * column))",
         "far",
@@ -499,14 +493,14 @@ BY_HAND = (
     ),
     Mutant(
         "class ids in 32 bits: prepare_ids",
-        "cross_entropy",
+        "class_ids",
         "ids_in + n * ids_stride",
         "ids_in + (int)(n * ids_stride)",
         "far",
     ),
     Mutant(
         "class ids in 32 bits: finish_ids",
-        "cross_entropy",
+        "class_ids",
         "ids_in + bad * ids_stride",
         "ids_in + (int)(bad * ids_stride)",
         "far",
@@ -516,115 +510,115 @@ BY_HAND = (
     Mutant("db in 32 bits", "affine", "db_k + k * stride", "db_k + (int)(k * stride)", "far"),
     Mutant(
         "entropy where a rescaled sum is 0 · −∞",
-        "cross_entropy",
+        "sums",
         "factor == 0 ? factor : factor *",
         "factor *",
         "edges",
     ),
     Mutant(
         "a row of −∞ has sums of NaN",
-        "cross_entropy",
+        "sums",
         "const A from = max == -infinity<A>() ? (A)0 : max;",
         "const A from = max;",
         "edges",
     ),
     Mutant(
         "entropy of a class without probability",
-        "cross_entropy",
+        "sums",
         "if (want.stats && e != 0) sums.entropy",
         "if (want.stats) sums.entropy",
         "edges",
     ),
-    Mutant("argmax is the last of equals", "cross_entropy", "(z == than && c < at)", "(z == than && c > at)", "edges"),
+    Mutant("argmax is the last of equals", "sums", "(z == than && c < at)", "(z == than && c > at)", "edges"),
     Mutant(
         "float16 saturates",
-        "common",
+        "packs",
         "__floats2half2_rn((float)g[i], ",
         "__floats2half2_rn((float)g[i] > 65504 ? 65504.0f : (float)g[i], ",
         "top",
     ),
     Mutant(
         "bfloat16 saturates",
-        "common",
+        "packs",
         "__floats2bfloat162_rn((float)g[i], ",
         "__floats2bfloat162_rn((float)g[i] > 3.38e38f ? 3.38e38f : (float)g[i], ",
         "top",
     ),
     Mutant(
         "the record is claimed by a look and a write",
-        "cross_entropy",
+        "class_ids",
         "atomicCAS(error_5, 0ull, 1ull) == 0ull",
         "load(error_5) == 0ull && (store(error_5, 1ull), true)",
         "race",
     ),
     Mutant(
         "contraction is allowed",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.compilation",
         '("-std=c++17", "-fmad=false")',
         '("-std=c++17",)',
         "options",
     ),
     Mutant(
         "factors of rows taken as dense",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.cross_entropy",
         "row_scale.strides[0] // row_scale.itemsize",
         "1",
         "far",
     ),
     Mutant(
         "ids taken as dense: prepare_ids",
-        "swl.backends.cupy.backend",
-        "_i64(ids.strides[0] // ids.itemsize)",
-        "_i64(1)",
+        "swl.backends.cupy.cross_entropy",
+        "i64(ids.strides[0] // ids.itemsize)",
+        "i64(1)",
         "strides",
     ),
-    Mutant("db taken as dense", "swl.backends.cupy.backend", "_i64(out.strides[0] // out.itemsize)", "_i64(1)", "far"),
+    Mutant("db taken as dense", "swl.backends.cupy.affine", "i64(out.strides[0] // out.itemsize)", "i64(1)", "far"),
     Mutant(
         "probabilities taken as dense",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.cross_entropy",
         "row, column = (s // probs.itemsize for s in probs.strides)",
         "row, column = probs.shape[1], 1",
         "strides",
     ),
     Mutant(
         "a bias taken as dense",
-        "swl.backends.cupy.backend",
-        "self.xp.ascontiguousarray(b), _i64(N)",
-        "b, _i64(N)",
+        "swl.backends.cupy.affine",
+        "self.xp.ascontiguousarray(b), i64(N)",
+        "b, i64(N)",
         "strides",
     ),
     Mutant(
         "logits taken as dense",
-        "swl.backends.cupy.backend",
-        "logits if _rows_are_dense(logits) else xp.ascontiguousarray(logits)",
+        "swl.backends.cupy.cross_entropy",
+        "logits if rows_are_dense(logits) else xp.ascontiguousarray(logits)",
         "logits",
         "strides",
         0,
     ),
     Mutant(
         "gradients taken as dense",
-        "swl.backends.cupy.backend",
-        "dense_out = out if _rows_are_dense(out) else self.empty(out.shape, out.dtype)",
+        "swl.backends.cupy.cross_entropy",
+        "dense_out = out if rows_are_dense(out) else self.empty(out.shape, out.dtype)",
         "dense_out = out",
         "strides",
     ),
     Mutant(
         "as many blocks as rows in grid.y",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.affine",
         "min(N, 16 * self._device(out).limits.processors)",
         "N",
         "limits",
     ),
     Mutant(
         "as many stripes as it takes in grid.y",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.affine",
         "stripes = min(max(1, min(-(-4 * device.limits.processors // across), N // 64)), 65535)",
         "stripes = max(1, N // 64)",
         "limits",
     ),
     Mutant(
         "a new record is not waited for",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.launching",
         "            xp.cuda.get_current_stream().synchronize()  # once",
         "            # once",
         "order",
@@ -650,12 +644,18 @@ BY_HAND = (
         "",
         "order",
     ),
-    Mutant("ids of uint64 wrap around", "swl.backends.cupy.backend", "if ids.dtype == np.uint64:", "if False:", "ends"),
+    Mutant(
+        "ids of uint64 wrap around",
+        "swl.backends.cupy.cross_entropy",
+        "if ids.dtype == np.uint64:",
+        "if False:",
+        "ends",
+    ),
     Mutant(
         "ids of int32 are taken for int64",
-        "swl.backends.cupy.backend",
-        '_INDEX = {"int32": "int",',
-        '_INDEX = {"int32": "long long",',
+        "swl.backends.cupy.compilation",
+        'INDEX = {"int32": "int",',
+        'INDEX = {"int32": "long long",',
         "ids",
     ),
     Mutant(
@@ -726,21 +726,21 @@ BY_HAND = (
     ),
     Mutant(
         "a wait within a sweep",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.cross_entropy",
         "        rows, outputs = self._rows(logits, stats)\n        N, C",
         "        rows, outputs = self._rows(logits, stats)\n        xp.cuda.Device().synchronize()\n        N, C",
         "graphs",
     ),
     Mutant(
         "a copy from the host within a sweep",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.cross_entropy",
         "        rows, outputs = self._rows(logits, stats)\n        N, C",
         "        rows, outputs = self._rows(logits, stats)\n        xp.array([0.0, 1.0])\n        N, C",
         "graphs",
     ),
     Mutant(
         "a product that cannot be captured",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.affine",
         "except NotImplementedError:",
         "except ZeroDivisionError:",
         "graphs",
@@ -754,26 +754,26 @@ BY_HAND = (
     ),
     Mutant(
         "parts of 16-bit products are added in 16 bits",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.affine",
         "cublas.setMathMode(handle, mode | _DISALLOW_REDUCED_PRECISION_REDUCTION)",
         "pass",
         "products",
     ),
     Mutant(
         "the math mode is not given back",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.affine",
         "            cublas.setMathMode(handle, mode)\n",
         "            pass\n",
         "products",
     ),
     Mutant(
         "TF32 for whoever did not ask for it",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.affine",
         "asked = dtype == np.float32 and self.xp._core.get_compute_type(dtype) == _CUPY_TF32",
         "asked = True",
         "products",
     ),
-    Mutant("products overwrite the bias", "swl.backends.cupy.backend", "one if add else zero", "zero", "affine_all"),
+    Mutant("products overwrite the bias", "swl.backends.cupy.affine", "one if add else zero", "zero", "affine_all"),
     Mutant(
         "a struct's fields in each other's place",
         "swl.backends.cupy.structs",
@@ -783,21 +783,21 @@ BY_HAND = (
     ),
     Mutant(
         "no room for staged rows is asked for",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.launching",
         "found.max_dynamic_shared_size_bytes = device.limits.shared",
         "pass",
         "traffic",
     ),
     Mutant(
         "shared memory for one row of a block",
-        "swl.backends.cupy.backend",
-        "shared=_ROW_BYTES * (256 // lanes)",
-        "shared=_ROW_BYTES",
+        "swl.backends.cupy.cross_entropy",
+        "shared=ROW_BYTES * (256 // lanes)",
+        "shared=ROW_BYTES",
         "sweep",
     ),
     Mutant(
         "16-byte loads of columns wherever they lie",
-        "swl.backends.cupy.backend",
+        "swl.backends.cupy.affine",
         "        if x.data.ptr % 16 or (N > 1 and x.strides[0] % 16):\n            V = 1\n",
         "",
         "affine",
@@ -880,8 +880,11 @@ def verdict(mutant: Mutant) -> str:
         sys.meta_path.insert(0, _Finder(mutant))
     backend = importlib.import_module("swl.backends.cupy.backend")
     if mutant.file in KERNELS:
-        original = backend.source
-        backend.source = lambda name: mutant.replaced(original(name)) if mutant.is_in(name) else original(name)
+        compilation = importlib.import_module("swl.backends.cupy.compilation")
+        original = compilation.read
+        compilation.read = lambda file: (
+            mutant.replaced(original(file)) if file.startswith(f"{mutant.file}.") else original(file)
+        )
     killer = _Killer()
     file, *words = shlex.split(TESTS[mutant.tests])
     command = ["-x", "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(ROOT / "tests" / "cuda" / file), *words]

@@ -15,7 +15,8 @@ import pytest
 from test_devices import CALLS, Numbers, agree
 
 import swl
-from swl.backends.cupy.backend import CupyBackend, source
+from swl.backends.cupy.backend import CupyBackend
+from swl.backends.cupy.compilation import source
 from swl.backends.numpy import NumpyBackend
 from swl.backends.protocol import IGNORED, INVALID, Target
 
@@ -87,7 +88,7 @@ def test_vectors_and_affine_maps_may_be_far_apart(on_fake: CupyBackend) -> None:
 
 def test_these_are_all_the_distances_that_kernels_take() -> None:
     """A new one is to be added above."""
-    text = source("cross_entropy") + source("affine")
+    text = "".join(map(source, ("cross_entropy", "class_ids", "affine")))
     taken = set(re.findall(r"\b(\w*stride|probs_\w+)\b(?=[,;)])", " ".join(re.findall(r"i64 [\w, ]+[,;)]", text))))
     assert taken == {"stride", "scale_stride", "grad_stride", "ids_stride", "probs_row", "probs_column"}
 

@@ -8,7 +8,8 @@ import compile_table
 import instructions
 import pytest
 
-from swl.backends.cupy.backend import CupyBackend, instances
+from swl.backends.cupy.backend import CupyBackend
+from swl.backends.cupy.compilation import instances
 
 pytestmark = pytest.mark.skipif(compile_table.missing() is not None, reason=str(compile_table.missing()))
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from swl.backends.cupy import structs
-from swl.backends.cupy.backend import OPTIONS, CupyBackend, Limits, plan, source
+from swl.backends.cupy.backend import CupyBackend
+from swl.backends.cupy.compilation import OPTIONS, source
+from swl.backends.cupy.plans import Limits, plan
 from swl.backends.protocol import Target
 
 pytestmark = pytest.mark.usefixtures("on_fake")

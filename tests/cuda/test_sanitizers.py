@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import recording
 
-from swl.backends.cupy.backend import CupyBackend, instances
+from swl.backends.cupy.backend import CupyBackend
+from swl.backends.cupy.compilation import instances
 
 pytestmark = pytest.mark.usefixtures("on_fake")
 

@@ -1,0 +1,200 @@
+// One row, once its sums are known: what is stored of it, and its gradients.
+
+#pragma once
+
+#include "sums.cuh"
+
+// What the gradient needs of a row; read once per row and handed to all its threads.
+template <typename A>
+struct Row {
+  A max, log_sum;  // M, S
+  A mass;          // A
+  A pull;          // 2λ·m·(M + S)
+  A scale;
+  A at_hot;  // the gradient at the class id; before that is known, the class id's own share, (1−ε)·m
+  i64 hot;   // the column of the class id; −1 where no column is hit
+  bool counts;
+};
+
+// The target of row n: everything but the sums.
+template <typename T, int KIND>
+__device__ __forceinline__ Row<Acc<T>> open_row(const Problem<T>& p, i64 n, Acc<T>& m, i64& id) {
+  typedef Acc<T> A;
+  Row<A> row;
+  id = KIND == PROBS ? 0 : load(p.ids_n + n);
+  row.counts = id >= 0;
+  m = !row.counts ? (A)0 : KIND != PROBS && p.row_weight_n ? load(p.row_weight_n + n) : (A)1;
+  const i64 c = id - p.first_class;
+  const bool hit = KIND != PROBS && row.counts && c >= 0 && c < p.C;
+  row.hot = hit ? c : -1;
+  row.at_hot = hit ? p.hot * m : (A)0;
+  return row;
+}
+
+// r of the class id of row n.
+template <typename T>
+__device__ __forceinline__ Acc<T> hot_logit(const Problem<T>& p, i64 n, i64 hot) {
+  Acc<T> r = widen(load(p.logits_nc + n * p.stride + hot));
+  if (p.bias_c) r += load_shared_by_rows(p.bias_c + hot);
+  return r * p.temperature_inverse;
+}
+
+// ∂L/∂z = (A·p − y) + 2λ·m·(M + S)·p, scaled: where A·p is y, what is left of λ has all its digits.
+template <typename A>
+__device__ __forceinline__ A gradient_of(const Row<A>& row, A z, A y) {
+  const A prob = exp_of_difference(z - row.max, row.log_sum);
+  return (row.mass * prob - y + row.pull * prob) * row.scale;
+}
+
+// Completes a row whose sums and scale are known: the gradient at its class id, whose logit is r, and nothing for all of its
+// columns if it does not count.
+template <typename T>
+__device__ __forceinline__ void close_row(const Problem<T>& p, Row<Acc<T>>& row, Acc<T> r) {
+  typedef Acc<T> A;
+  if (row.hot >= 0) {
+    A y = p.rest;
+    if (p.weight_c && p.rest != 0) y *= load_shared_by_rows(p.weight_c + row.hot);
+    row.at_hot = gradient_of(row, final_logit(p, r), y + row.at_hot);
+    if (p.softcap != 0) row.at_hot *= slope_of(p, r);
+  }
+  if (!row.counts) row.max = row.log_sum = row.mass = row.pull = row.scale = 0;
+}
+
+template <typename A>
+__device__ __forceinline__ A pull_of(A z_loss, A m, A max, A log_sum) {
+  return z_loss == 0 ? (A)0 : 2 * z_loss * m * (max + log_sum);  // M and S of a row may be infinite
+}
+
+// Stores what a forward sweep leaves of row n, from the sums of all its columns; one thread per row. Also r of its class id.
+template <typename T, int KIND>
+__device__ __forceinline__ Row<Acc<T>> finish(
+    const Problem<T>& p, const RowsOut<T>& out, const Wanted& want, i64 n, const Sums<Acc<T>>& sums, Acc<T>& r) {
+  typedef Acc<T> A;
+  A m;
+  i64 id;
+  Row<A> row = open_row<T, KIND>(p, n, m, id);
+  const A M = sums.max;
+  // Σ exp u is a whole number where all logits are equal, and log rounds once: S is exactly log C
+  const A S = M == -infinity<A>() ? not_a_number<A>() : (A)log((double)sums.exp);
+
+  A d = row.counts ? sums.dot : (A)0, mass = row.counts ? sums.mass : (A)0, u_hot = 0;
+  if (KIND != PROBS && row.hot >= 0) {
+    r = hot_logit(p, n, row.hot);
+    u_hot = final_logit(p, r) - M;
+    if (row.at_hot != 0) d += row.at_hot * u_hot;
+    mass += row.at_hot;
+  }
+  if (KIND != PROBS && row.counts && !p.weight_c)  // the sum over C equal shares, without its rounding errors
+    mass = row.hot >= 0 ? p.mass_hit : p.mass_miss;
+  A loss = mass * S - d;
+  if (p.z_loss != 0) loss += p.z_loss * m * (M + S) * (M + S);
+  const A nan = not_a_number<A>();
+  store(out.loss_n + n, row.counts ? loss : id == INVALID ? nan : (A)0);
+  store(out.row_max_n + n, M);
+  store(out.log_sum_n + n, S);
+  store(out.target_dot_n + n, d);
+  store(out.mass_n + n, mass);
+  if (want.stats) {
+    const A log_prob = KIND == PROBS ? sums.q_dot - sums.q_mass * S : row.hot >= 0 ? u_hot - S : (A)0;
+    store(out.entropy_n + n, S - sums.entropy / sums.exp);  // −Σ p·(u − S)
+    store(out.log_prob_n + n, id == INVALID ? nan : log_prob);
+    store(out.argmax_n + n, sums.at);
+  }
+  row.max = M;
+  row.log_sum = S;
+  row.mass = mass;
+  row.pull = pull_of(p.z_loss, m, M, S);
+  return row;
+}
+
+// The same at a column without target, y = 0.
+template <typename A>
+__device__ __forceinline__ A gradient_without_target(const Row<A>& row, A z) {
+  return exp_of_difference(z - row.max, row.log_sum) * ((row.mass + row.pull) * row.scale);
+}
+
+// The gradients of a group of row n, but for the class id's own share.
+template <typename G, typename T, int KIND, int V>
+__device__ __forceinline__ Pack<G, V> gradient_group(
+    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, const Pack<T, V>& group) {
+  typedef Acc<T> A;
+  A z[V], slope[V], y[V], q[V];
+  final_logits<true>(p, at, group, z, slope);
+  if (KIND == PROBS || p.rest != 0) {
+    target_group<T, KIND, V>(p, n, at, y, q);
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = gradient_of(row, z[i], y[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = gradient_without_target(row, z[i]);
+  }
+  if (p.softcap != 0) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] *= slope[i];
+  }
+  return narrow_all<G>(z);
+}
+
+// The gradients of a pack of row n, likewise.
+template <typename G, typename T, int KIND, int V>
+__device__ __forceinline__ Pack<G, V> gradient(
+    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, Pack<T, V> pack) {
+  if constexpr (KIND == PLAIN) {
+    Acc<T> z[V];
+    widen_all(pack, z);
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = gradient_without_target(row, z[i]);
+    return narrow_all<G>(z);
+  } else {
+    const int S = Group<T, V>::N;
+    Pack<G, V> grads;
+#pragma unroll 1
+    for (int i = 0; i < V; i += S) {
+      const Pack<T, S> group = first_of<S>(pack);
+      const Pack<G, S> grad = gradient_group<G, T, KIND, S>(p, row, n, at.after(i), group);
+      if constexpr (Same<G, T>::value) {
+        turn(pack, grad);  // one ring holds both: two would cost registers
+      } else {
+        turn(pack, group);
+        turn(grads, grad);
+      }
+    }
+    if constexpr (Same<G, T>::value)
+      return pack;
+    else
+      return grads;
+  }
+}
+
+// Writes the gradients of a turn of row n; a row that does not count has logits of 0, whatever they are, and gradients of 0.
+template <typename G, typename T, int KIND, int V, int U>
+__device__ __forceinline__ void write_turn(const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Packs<T, V>& at, int j,
+    int step, Turn<T, V, U> turn, G* grad, bool wide) {
+  const bool whole = wide && at.template whole<U>(j, step);
+  Pack<G, V>* to = reinterpret_cast<Pack<G, V>*>(grad - at.lead) + j;
+  if (KIND == PLAIN && whole) {
+#pragma unroll
+    for (int u = 0; u < U; ++u, to += step) store(to, gradient<G, T, KIND, V>(p, row, n, Span{}, turn.pack(u)));
+    return;
+  }
+#pragma unroll 1
+  for (int u = 0; u < U; ++u, to += step) {
+    const Pack<T, V> pack = turn.next();
+    if (j + u * step >= at.packs) break;
+    const Span span = at.span(j + u * step);
+    Pack<G, V> grads{};
+    if (row.counts) grads = gradient<G, T, KIND, V>(p, row, n, span, pack);
+    if (whole)
+      store(to, grads);
+    else
+      store_pack(grad, span, wide, grads);
+  }
+}
+
+// Writes the gradient at the class id, by the thread that wrote the pack that it is in.
+template <typename G, typename T, int V>
+__device__ __forceinline__ void write_hot(const Row<Acc<T>>& row, const Packs<T, V>& at, int from, int lane, int lanes, G* grad) {
+  if (row.hot < 0 || !at.packs) return;  // a row past the end has no packs, and whatever is its hot column
+  const int j = (int)((row.hot + at.lead) / V) - from;
+  if (j % lanes == lane) store(grad + row.hot, narrow<G>(row.at_hot));
+}
