@@ -11,8 +11,8 @@ __device__ __forceinline__ void combine_ids(double& count, i64& bad) {
   }
 }
 
-// Stage one of checking class ids: brings them to the form of swl/backends/protocol.py, gathers the row weights m, and leaves for
-// each block Σ m and its first row out of range (N where there is none).
+// Stage one of checking class ids: brings them to the form of swl/backends/protocol.py, gathers the row weights m, and
+// leaves for each block Σ m and its first row out of range (N where there is none).
 template <typename I, typename A>
 __global__ void __launch_bounds__(256) prepare_ids(const I* ids_in, i64 ids_stride, i64 N, i64 n_classes,
     i64 ignore_index, const A* weight_c, i64* ids_n, A* row_weight_n, double* count_b, i64* bad_b) {

@@ -10,7 +10,8 @@
 
 typedef long long i64;  // every offset: N·C exceeds 2^31
 
-const i64 INVALID = -2;  // an id that was out of range: loss NaN, gradient 0. IGNORED is -1. See swl/backends/protocol.py.
+// An id that was out of range: loss NaN, gradient 0. IGNORED is -1. See swl/backends/protocol.py.
+const i64 INVALID = -2;
 
 // ------------------------------------------------------------------------------------------------ arithmetic
 
@@ -85,8 +86,9 @@ __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 __device__ __forceinline__ float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_of(double a, double b, double c) { return fma(a, b, c); }
 
-// exp(u − s) of a difference u of two logits, by one multiplication with log₂e and the card's 2ˣ. Its relative error is up to
-// (|u − s| + 4)·2⁻²⁴: the difference was rounded by as much, and what is this far below the largest adds as little.
+// exp(u − s) of a difference u of two logits, by one multiplication with log₂e and the card's 2ˣ. Its relative error is
+// up to (2·|u − s| + 4)·2⁻²⁴: the difference was rounded by about as much, and what is far below the largest adds as
+// little.
 const float LOG2_E = 1.4426950408889634f;
 __device__ __forceinline__ float exp_of_difference(float u) { return exp2f(u * LOG2_E); }
 __device__ __forceinline__ double exp_of_difference(double u) { return exp(u); }

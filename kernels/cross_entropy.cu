@@ -15,7 +15,7 @@
 //   gradient   turns a pack of logits into a pack of gradients
 //
 //   ce_rows<T, KIND, LANES, V, KEEP>    a row by LANES lanes of a warp, or by a block (LANES = 0): forward, or both
-//                                       sweeps with the row kept on chip between them; gradients of type G, by default T
+//                                       sweeps with the row kept on chip between them; gradients of type G (or T)
 //   ce_partial + ce_combine             a row by several blocks: their sums meet in a second kernel
 //   ce_backward                         gradients from M, S and A
 //
@@ -35,8 +35,8 @@
 //   device memory ──► kept (KEEP packs per lane), then stage ──► gradient ──► device memory
 //                         └─► absorb ─► lanes ─► warps ─► finish ─► M, S, A ─┘
 //
-// kept is a thread's first turn. stage is shared memory, for blocks only; with a grad_nc the row must fit. The gradients of a row
-// may lie over its logits, from the row's start: it is on chip before the first of them is written.
+// kept is a thread's first turn. stage is shared memory, for blocks only; with a grad_nc the row must fit. The
+// gradients of a row may lie over its logits, from the row's start: it is on chip before the first of them is written.
 template <typename T, int KIND, int LANES, int V, int KEEP, typename G = T>
 __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_OF_512) ce_rows(const Problem<T> p,
     const RowsOut<T> out, const Acc<T>* row_scale_n, i64 scale_stride, G* grad_nc, i64 grad_stride) {
@@ -45,13 +45,12 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_
   Row<A>* const row_of_block = reinterpret_cast<Row<A>*>(shared);  // 64 bytes
   Sums<A>* const warps = reinterpret_cast<Sums<A>*>(shared + 4);   // 16 of them
   typedef Turn<T, V, KIND == PLAIN || KEEP ? TURN : 1> Packed;
-  typename Packed::Word* const stage =
-      reinterpret_cast<typename Packed::Word*>(shared + 4 + 16 * sizeof(Sums<A>) / 16);
+  typename Packed::Word* const stage = reinterpret_cast<typename Packed::Word*>(shared + 4 + 16 * sizeof(Sums<A>) / 16);
 
   const Wanted want = wanted<KIND>(p, out.entropy_n);
   const int lanes = LANES ? LANES : blockDim.x;
-  const int lane = threadIdx.x % lanes;
-  const i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / lanes;
+  const int lane = LANES ? threadIdx.x % (LANES ? LANES : 1) : threadIdx.x;
+  const i64 n = LANES ? ((i64)blockIdx.x * blockDim.x + threadIdx.x) / LANES : blockIdx.x;
   const bool exists = n < p.N;  // rows past the end have no packs, but their lanes take part in the shuffles
   const T* logits = p.logits_nc + (exists ? n : 0) * p.stride;
   const Packs<T, V> row_packs = packs_of_row<T, V>(logits, p.C), at = row_packs.before(exists ? row_packs.packs : 0);
@@ -183,8 +182,8 @@ __global__ void __launch_bounds__(128)
 // Gradients from M, S and A. A block is blockDim.x / lanes rows of `lanes` threads, a power of two; a thread writes up
 // to `each` packs, `lanes` apart; block b of a group of rows is its tile b % tiles.
 //
-// Gradients shorter than logits may lie over them, from the row's start. Then there is one tile, and its turns go up the
-// row together, so that what they write lies below what is still to be read:
+// Gradients shorter than logits may lie over them, from the row's start. Then there is one tile, and its turns go up
+// the row together, so that what they write lies below what is still to be read:
 //
 //   logits (4 bytes)    |turn 0        |turn 1        |turn 2        |
 //   gradients (2 bytes) |0     |1     |2     |                          turn 2 is written when all have read it

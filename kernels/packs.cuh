@@ -183,8 +183,8 @@ struct Turn {
     memcpy(&pack, &words[u], sizeof pack);
     return pack;
   }
-  // The first pack, in whose place all others move, and another or itself at the end. A loop that is not unrolled cannot index
-  // registers; U times bring all packs back to where they were.
+  // The first pack, in whose place all others move, and another or itself at the end. A loop that is not unrolled
+  // cannot index registers; U times bring all packs back to where they were.
   __device__ __forceinline__ Pack<T, V> next() { return next(pack(0)); }
   __device__ __forceinline__ Pack<T, V> next(const Pack<T, V>& last) {
     const Pack<T, V> first = pack(0);

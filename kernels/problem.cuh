@@ -1,4 +1,5 @@
-// What a loss is asked of rows of logits: the parameters of every kernel, and from them the columns' targets y and logits z.
+// What a loss is asked of rows of logits: the parameters of every kernel, and from them the columns' targets y and
+// logits z.
 
 #pragma once
 
@@ -6,7 +7,7 @@
 
 // What a kernel is compiled for; what is left out costs no instruction.
 enum Kind {
-  PLAIN,    // class ids, and nothing that is done to or asked of every column: no bias, smoothing, softcap, temperature, statistics
+  PLAIN,    // class ids; nothing at every column: no bias, smoothing, softcap, temperature, statistics
   OPTIONS,  // class ids, any option
   PROBS     // probabilities, any option
 };
@@ -115,7 +116,8 @@ __device__ __forceinline__ Acc<T> slope_of(const Problem<T>& p, Acc<T> r) {
   return 4 * e / fma_of(e, 2 + e, (A)1);
 }
 
-// z of a group; −inf, which adds nothing to any sum, outside [0, C), where that was loaded. With SLOPE also ∂z/∂r, 1 without a softcap.
+// z of a group; −inf, which adds nothing to any sum, outside [0, C), where that was loaded. With SLOPE also ∂z/∂r, 1
+// without a softcap.
 template <bool SLOPE, typename T, int V>
 __device__ __forceinline__ void final_logits(
     const Problem<T>& p, const Span& at, const Pack<T, V>& pack, Acc<T> (&z)[V], Acc<T> (&slope)[V]) {

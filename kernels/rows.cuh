@@ -46,8 +46,8 @@ __device__ __forceinline__ A gradient_of(const Row<A>& row, A z, A y) {
   return (row.mass * prob - y + row.pull * prob) * row.scale;
 }
 
-// Completes a row whose sums and scale are known: the gradient at its class id, whose logit is r, and nothing for all of its
-// columns if it does not count.
+// Completes a row whose sums and scale are known: the gradient at its class id, whose logit is r, and nothing for all
+// of its columns if it does not count.
 template <typename T>
 __device__ __forceinline__ void close_row(const Problem<T>& p, Row<Acc<T>>& row, Acc<T> r) {
   typedef Acc<T> A;
@@ -65,7 +65,8 @@ __device__ __forceinline__ A pull_of(A z_loss, A m, A max, A log_sum) {
   return z_loss == 0 ? (A)0 : 2 * z_loss * m * (max + log_sum);  // M and S of a row may be infinite
 }
 
-// Stores what a forward sweep leaves of row n, from the sums of all its columns; one thread per row. Also r of its class id.
+// Stores what a forward sweep leaves of row n, from the sums of all its columns; one thread per row. Also r of its
+// class id.
 template <typename T, int KIND>
 __device__ __forceinline__ Row<Acc<T>> finish(
     const Problem<T>& p, const RowsOut<T>& out, const Wanted& want, i64 n, const Sums<Acc<T>>& sums, Acc<T>& r) {
@@ -166,10 +167,11 @@ __device__ __forceinline__ Pack<G, V> gradient(
   }
 }
 
-// Writes the gradients of a turn of row n; a row that does not count has logits of 0, whatever they are, and gradients of 0.
+// Writes the gradients of a turn of row n; a row that does not count has logits of 0, whatever they are, and gradients
+// of 0.
 template <typename G, typename T, int KIND, int V, int U>
-__device__ __forceinline__ void write_turn(const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Packs<T, V>& at, int j,
-    int step, Turn<T, V, U> turn, G* grad, bool wide) {
+__device__ __forceinline__ void write_turn(const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Packs<T, V>& at,
+    int j, int step, Turn<T, V, U> turn, G* grad, bool wide) {
   const bool whole = wide && at.template whole<U>(j, step);
   Pack<G, V>* to = reinterpret_cast<Pack<G, V>*>(grad - at.lead) + j;
   if (KIND == PLAIN && whole) {
@@ -193,7 +195,8 @@ __device__ __forceinline__ void write_turn(const Problem<T>& p, const Row<Acc<T>
 
 // Writes the gradient at the class id, by the thread that wrote the pack that it is in.
 template <typename G, typename T, int V>
-__device__ __forceinline__ void write_hot(const Row<Acc<T>>& row, const Packs<T, V>& at, int from, int lane, int lanes, G* grad) {
+__device__ __forceinline__ void write_hot(
+    const Row<Acc<T>>& row, const Packs<T, V>& at, int from, int lane, int lanes, G* grad) {
   if (row.hot < 0 || !at.packs) return;  // a row past the end has no packs, and whatever is its hot column
   const int j = (int)((row.hot + at.lead) / V) - from;
   if (j % lanes == lane) store(grad + row.hot, narrow<G>(row.at_hot));

@@ -110,7 +110,8 @@ __device__ __forceinline__ void absorb(
   }
 }
 
-// Takes the packs of a turn into the sums. Without options their largest logit comes first, and the sums are rescaled once.
+// Takes the packs of a turn into the sums. Without options their largest logit comes first, and the sums are rescaled
+// once.
 template <typename T, int KIND, int V, int U>
 __device__ __forceinline__ void absorb_turn(Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n,
     const Packs<T, V>& at, int j, int step, Turn<T, V, U>& turn) {

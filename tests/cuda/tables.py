@@ -1,6 +1,6 @@
 """Write the tables of docs/cuda.md anew.
 
-python tests/cuda/tables.py [traffic] [mutants] [compiled] [ledger]
+python tests/cuda/tables.py [traffic] [mutants] [instructions] [compiled] [ledger]
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "cuda.md"
-SCRIPTS = {"traffic": "traffic.py", "mutants": "mutants.py", "compiled": "compile_table.py", "ledger": "ledger.py"}
+SCRIPTS = {
+    "traffic": "traffic.py",
+    "mutants": "mutants.py",
+    "instructions": "instructions.py",
+    "compiled": "compile_table.py",
+    "ledger": "ledger.py",
+}
 
 
 def main(chosen: list[str]) -> int:

@@ -113,3 +113,25 @@ def test_a_struct_that_host_and_kernels_do_not_share_does_not_compile(struct: st
     )
     with pytest.raises(Exception, match=f"(static assertion failed: {struct.name}<float>|has no member named|'more')"):
         module.get_function(kernel)
+
+
+def test_exponentials_of_differences_are_off_by_no_more_than_the_differences() -> None:
+    """But for the card's 2ˣ itself, which has two units in the last place more."""
+    xp = fake.cupy()
+    kernel = """
+extern "C" __global__ void exponentials(const float* u, const float* s, float* without, float* with) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  without[i] = exp_of_difference(u[i]);
+  with[i] = exp_of_difference(u[i], s[i]);
+}
+"""
+    exponentials = xp.RawModule(code=source("class_ids") + kernel, options=OPTIONS).get_function("exponentials")
+    rng = np.random.default_rng(0)
+    u, s = -rng.uniform(0, 70, 1 << 16).astype(np.float32), rng.uniform(0, 14, 1 << 16).astype(np.float32)
+    u[:1000] = np.linspace(-1e-3, 0, 1000)
+    without, both = xp.empty(u.shape, np.float32), xp.empty(u.shape, np.float32)
+    exponentials((256,), (256,), (xp.asarray(u), xp.asarray(s), without, both))
+    for got, x in ((without.get(), u.astype(np.float64)), (both.get(), u.astype(np.float64) - s)):
+        error = np.abs(got / np.exp(x) - 1)
+        assert np.all(error <= (2 * np.abs(x) + 4) * 2.0**-24)
+    assert without.get()[u == 0].tolist() == [1.0] * np.count_nonzero(u == 0)

@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 KEEP_WARP, KEEP_BLOCK = 4, 4  # packs per lane that stay in registers
 PART_LANES, PART_KEEP = 8, 4
 _SPLIT_PACKS = 1024  # at least 4 per thread of ce_partial
-ROW_BYTES = 64  # Row in cross_entropy.cu
+ROW_BYTES = 64  # Row in rows.cuh
 
 
 def plan(N: int, C: int, itemsize: int, limits: Limits) -> Plan:
@@ -58,7 +58,7 @@ def plan(N: int, C: int, itemsize: int, limits: Limits) -> Plan:
     packs = -(-(C + V - 1) // V)  # of the row that lies worst
     if packs <= 32 * KEEP_WARP:
         return Plan("warp", 32, V, KEEP_WARP, 128, -(-N // 4), 0, 0, True)
-    sums = 64 if itemsize == 8 else 40  # bytes of Sums in cross_entropy.cu, one for each warp
+    sums = 64 if itemsize == 8 else 40  # bytes of Sums in sums.cuh, one for each warp
     splits = min(-(-2 * limits.processors // N), packs // _SPLIT_PACKS) if limits.processors >= 3 * N else 1
     if splits > 1:
         each = -(-packs // splits)

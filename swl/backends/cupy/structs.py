@@ -1,4 +1,4 @@
-"""The structs that kernels take by value, declared here as in ``kernels/cross_entropy.cu``.
+"""The structs that kernels take by value, declared here as in ``kernels/problem.cuh``.
 
 CuPy passes a NumPy array of one element as it lies in memory. `Struct.check` is C++ that compiles only where the compiler's
 layout is NumPy's; it is compiled into every module that has the struct.
