@@ -35,7 +35,14 @@ MACHINE = ROOT, GPU
 """What no environment brings."""
 
 FILES = {
-    TORCH: ["tests/test_torch*.py", "swl/torch/*.py", "docs/torch.md", "docs/migration.md", "tests/test_site.py"],
+    TORCH: [
+        "tests/test_torch*.py",
+        "swl/torch/*.py",
+        "docs/torch.md",
+        "docs/migration.md",
+        "docs/scale.md",
+        "tests/test_site.py",
+    ],
     CLIENTS: ["tests/test_torch_huggingface.py", "tests/test_torch_clients.py", "docs/torch.md"],
     JAX: ["tests/test_jax.py", "swl/jax.py", "docs/torch.md"],
     MPI: [
