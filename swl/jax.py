@@ -1,8 +1,9 @@
 """The losses for JAX on a CPU: `jax.custom_vjp` functions over host callbacks.
 
-They work under `jax.jit`, `jax.grad` and `jax.vmap`. Limits: the CPU only, with a copy in and out of each callback; `vmap` runs
-the elements of the batch one after the other; no forward mode and no second derivatives; gradients with respect to the
-inputs, not to targets, weights or denominators, for which asking is an error.
+They work under `jax.jit`, `jax.grad`, `jax.vmap` and `jax.shard_map`. Limits: the CPU only, with a copy in and out of each
+callback; `vmap` runs the elements of the batch one after the other; under a `jax.jit` of sharded arrays a callback has them
+gathered first, which `jax.shard_map` does not; no forward mode and no second derivatives; gradients with respect to the inputs,
+not to targets, weights or denominators, for which asking is an error.
 """
 
 from __future__ import annotations
@@ -127,8 +128,43 @@ def _call(inputs: int, options: OptionKwargs, more: dict[str, Any], *args: Any) 
     arrays = {name: jnp.asarray(given.pop(name)) for name in _ARRAYS if given.get(name) is not None}
     plain = {name: value for name, value in given.items() if name not in _ARRAYS} | more
     call = _Call(tuple(sorted(plain.items())), tuple(arrays), inputs)
-    out: jax.Array = _loss(call, *args[:inputs], *(jnp.asarray(a) for a in (args[inputs], *arrays.values())))
+    others = {"target": jnp.asarray(args[inputs]), **arrays}
+    out: jax.Array = _loss(call, *_vary_alike(*args[:inputs], *(_constant(name, a) for name, a in others.items())))
     return out
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _constant(name: str, a: Any) -> Any:
+    """Return an array whose gradient must not be asked for."""
+    return a
+
+
+@_constant.defjvp
+def _no_gradient(name: str, primals: Any, tangents: Any) -> Any:
+    if jnp.issubdtype(primals[0].dtype, jnp.floating):
+        raise NotImplementedError(f"the gradient with respect to {name} is not computed; use jax.lax.stop_gradient")
+    return primals[0], tangents[0]
+
+
+def _manual_axes(a: Any) -> frozenset[str]:
+    """Return the axes of a mesh over which an array differs, within `jax.shard_map`; JAX's name for them has changed."""
+    kind = jax.typeof(a) if hasattr(jax, "typeof") else None
+    manual = getattr(kind, "manual_axis_type", None)
+    found: frozenset[str] = getattr(kind, "vma", frozenset()) if manual is None else manual.varying
+    return found
+
+
+def _vary_alike(*args: Any) -> tuple[Any, ...]:
+    """See arrays as differing over the same axes: the gradient of one that did not before is then summed over them."""
+    every = frozenset[str]().union(*map(_manual_axes, args))
+    return tuple(_vary(a, every - _manual_axes(a)) for a in args)
+
+
+def _vary(a: Any, axes: frozenset[str]) -> Any:
+    if not axes:
+        return a
+    names = tuple(sorted(axes))
+    return jax.lax.pcast(a, names, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(a, names)
 
 
 def _result(call: _Call, *args: Any) -> jax.ShapeDtypeStruct:
@@ -139,7 +175,9 @@ def _result(call: _Call, *args: Any) -> jax.ShapeDtypeStruct:
 
 
 def _at_host(function: Any, result: Any, *args: Any) -> Any:
-    return jax.pure_callback(function, result, *args, vmap_method="sequential")
+    axes = frozenset[str]().union(*map(_manual_axes, args))
+    found = jax.pure_callback(function, result, *args, vmap_method="sequential")
+    return jax.tree.map(lambda a: _vary(a, axes - _manual_axes(a)), found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -149,12 +187,7 @@ def _loss(call: _Call, *args: Any) -> Any:
 
 
 def _forward(call: _Call, *primals: Any) -> Any:
-    for k, primal in enumerate(primals):
-        if k >= call.inputs and primal.perturbed and jnp.issubdtype(primal.value.dtype, jnp.floating):
-            name = ("target", *call.arrays)[k - call.inputs]
-            raise NotImplementedError(f"the gradient with respect to {name} is not computed; use jax.lax.stop_gradient")
-    args = tuple(primal.value for primal in primals)
-    return _loss(call, *args), args
+    return _loss(call, *primals), primals
 
 
 def _backward(call: _Call, args: Any, dout: Any) -> Any:
@@ -169,4 +202,4 @@ def _backward(call: _Call, args: Any, dout: Any) -> Any:
     return *_at_host(gradients, results, dout, *args), *(None for _ in args[call.inputs :])
 
 
-_loss.defvjp(_forward, _backward, symbolic_zeros=True)
+_loss.defvjp(_forward, _backward)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -102,3 +105,62 @@ def test_errors() -> None:
         swl.jax.cross_entropy(Z, IDS, check=True)
     with pytest.raises(Exception, match=r"target\[0\] is 9"):  # JAX chooses the type of a callback's error
         jax.block_until_ready(swl.jax.cross_entropy(Z, IDS.at[0].set(9)))
+
+
+# ------------------------------------------------------------------------------------------------ many devices, one processor
+
+SHARDED = """
+import numpy as np
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import swl.jax
+
+assert len(jax.devices()) == 2
+mesh = Mesh(np.array(jax.devices()), ("rows",))
+rng = np.random.default_rng(0)
+x, W, weight = (jnp.asarray(rng.uniform(size=shape), jnp.float32) for shape in ((8, 5), (5, 7), 7))
+t = jnp.arange(8) % 7
+
+def fused(x, W, t):
+    return swl.jax.linear_cross_entropy(x, W, t, weight=weight, reduction="sum")
+
+def stored(x, W, t):
+    return swl.jax.cross_entropy(x @ W, t, weight=weight, reduction="sum", label_smoothing=0.1)
+
+for loss in (fused, stored):
+    want = jax.value_and_grad(loss, argnums=(0, 1))(x, W, t)
+    mapped = jax.shard_map(
+        lambda *a: jax.lax.psum(loss(*a), "rows"), mesh=mesh, in_specs=(P("rows"), P(), P("rows")), out_specs=P()
+    )
+    got = jax.value_and_grad(mapped, argnums=(0, 1))(x, W, t)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    there = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, P("rows")), (W, P()), (t, P("rows")))]
+    got = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*there)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+print("the same")
+"""
+
+ONE_PROCESSOR = """
+import os
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+import numpy as np
+import jax
+import jax.numpy as jnp
+import swl.jax
+
+z, t = jnp.zeros((20_000, 500), jnp.float32), jnp.zeros(20_000, int)
+loss, gradient = jax.jit(jax.value_and_grad(swl.jax.cross_entropy))(z, t)
+np.testing.assert_allclose(loss, np.log(500), rtol=1e-6)
+print("the same")
+"""
+
+
+@pytest.mark.parametrize("script", [SHARDED, ONE_PROCESSOR], ids=["two devices", "one processor"])
+def test_in_a_process_of_its_own(script: str) -> None:
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
+    assert done.stdout.endswith("the same\n"), done.stderr[-3000:]
