@@ -533,15 +533,15 @@ BY_HAND = (
     Mutant(
         "float16 saturates",
         "packs",
-        "__floats2half2_rn((float)g[i], ",
-        "__floats2half2_rn((float)g[i] > 65504 ? 65504.0f : (float)g[i], ",
+        "__floats2half2_rn((float)g[i], (float)g[i + 1])",
+        "__floats2half2_rn((float)g[i], (float)g[i + 1] > 65504 ? 65504.0f : (float)g[i + 1])",
         "top",
     ),
     Mutant(
         "bfloat16 saturates",
         "packs",
-        "__floats2bfloat162_rn((float)g[i], ",
-        "__floats2bfloat162_rn((float)g[i] > 3.38e38f ? 3.38e38f : (float)g[i], ",
+        "__floats2bfloat162_rn((float)g[i], (float)g[i + 1])",
+        "__floats2bfloat162_rn((float)g[i], (float)g[i + 1] > 3.38e38f ? 3.38e38f : (float)g[i + 1])",
         "top",
     ),
     Mutant(
