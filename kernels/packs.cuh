@@ -183,14 +183,16 @@ struct Turn {
     memcpy(&pack, &words[u], sizeof pack);
     return pack;
   }
-  // The first pack, in whose place all others move, and another or itself at the end. A loop that is not unrolled
-  // cannot index registers; U times bring all packs back to where they were.
-  __device__ __forceinline__ Pack<T, V> next() { return next(pack(0)); }
-  __device__ __forceinline__ Pack<T, V> next(const Pack<T, V>& last) {
-    const Pack<T, V> first = pack(0);
+  // A pack at the end; all others move up. A loop that is not unrolled cannot index registers.
+  __device__ __forceinline__ void push(const Pack<T, V>& last) {
 #pragma unroll
     for (int u = 0; u + 1 < U; ++u) words[u] = words[u + 1];
     memcpy(&words[U - 1], &last, sizeof last);
+  }
+  // The first pack, which goes to the end: U times bring all back to where they were.
+  __device__ __forceinline__ Pack<T, V> next() {
+    const Pack<T, V> first = pack(0);
+    push(first);
     return first;
   }
 };
@@ -198,16 +200,15 @@ struct Turn {
 // The packs j, j + step, … of a row; `outside` where there is no column.
 template <int U, typename T, int V>
 __device__ __forceinline__ Turn<T, V, U> load_turn(const Packs<T, V>& at, int j, int step, T outside) {
-  typedef typename Turn<T, V, U>::Word Word;
   Turn<T, V, U> turn;
   if (at.template whole<U>(j, step)) {
-    const Word* from = reinterpret_cast<const Word*>(at.row - at.lead) + j;
+    const Pack<T, V>* from = reinterpret_cast<const Pack<T, V>*>(at.row - at.lead) + j;
 #pragma unroll
-    for (int u = 0; u < U; ++u, from += step) turn.words[u] = load(from);
+    for (int u = 0; u < U; ++u, from += step) turn.push(load(from));
   } else {
 #pragma unroll 1
     for (int u = 0; u < U; ++u)
-      turn.next(load_pack<T, V>(at.row, j + u * step < at.packs ? at.span(j + u * step) : Span{0, 0, 0}, outside));
+      turn.push(load_pack<T, V>(at.row, j + u * step < at.packs ? at.span(j + u * step) : Span{0, 0, 0}, outside));
   }
   return turn;
 }

@@ -61,7 +61,7 @@ def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
         yield Case("two sweeps", dtype, 1, 2100 * V + 1, dense="bfloat16", options="weight stats", shared=1200)
         yield Case("split", dtype, 1, 2060 * V + 1, offset=1, options=ALL, processors=3)
         yield Case("warp", dtype, 5, 100 * V + 1, offset=1, options=PLAIN, out="same")
-        yield Case("block", dtype, 3, 2060 * V + 3, offset=1, gap=1, options=PLAIN)
+        yield Case("block", dtype, 4, 2060 * V + 3, offset=1, gap=1, options=PLAIN)
         yield Case("block", dtype, 2, 200 * V + 3, gap=1, options=PLAIN, out="shifted")
         yield Case("two sweeps", dtype, 3, 2100 * V + 1, gap=V - 1, options=PLAIN, shared=1200, out="same")
         yield Case("split", dtype, 1, 2060 * V + 1, offset=1, options=PLAIN, processors=3)

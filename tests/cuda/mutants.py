@@ -237,12 +237,6 @@ BY_HAND = (
         "id == INVALID ? nan : loss",
     ),
     Mutant(
-        "an ignored row has a gradient",
-        "rows",
-        "if (row.counts) grads =",
-        "grads =",
-    ),
-    Mutant(
         "an ignored row without options has a gradient",
         "cross_entropy",
         "  if (!row.counts) kept = Packed{};\n",

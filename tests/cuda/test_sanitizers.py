@@ -87,7 +87,12 @@ BROKEN = {
     ),
     "tail": (recording.ADDRESS, "C - c < V ? (int)(C - c) : V", "V", "illegal address outside of the arrays"),
     "head": (recording.ADDRESS, "c < 0 ? (int)-c : 0", "0", "illegal address outside of the arrays"),
-    "staged row": (recording.ADDRESS, "stage[j - KEEP * lanes] = pack", "stage[j] = pack", "heap-buffer-overflow"),
+    "staged row": (
+        recording.ADDRESS,
+        "stage[j + u * lanes - each] = ",
+        "stage[j + u * lanes] = ",
+        "heap-buffer-overflow",
+    ),
 }
 
 
