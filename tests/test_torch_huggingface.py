@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,49 @@ def test_a_compiled_model() -> None:
     same_loss(plain, compiled, **batch(), use_cache=False)
     torch.testing.assert_close(compiled(batch()["input_ids"]).logits, plain(batch()["input_ids"]).logits)
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """One process of gloo as a mesh of devices."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["swl", "fsdp"])
+def test_fully_sharded_data_parallel(mesh: Any, first: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    plain, fused = build("llama"), build("llama")
+    if first == "swl":
+        swl.torch.apply_to(fused)
+    for part in (*fused.model.layers, fused):
+        fully_shard(part, mesh=mesh)
+    if first == "fsdp":
+        swl.torch.apply_to(fused)
+    want, got = plain(**batch()), fused(**batch())
+    assert isinstance(got.logits, LazyLogits)
+    torch.testing.assert_close(got.loss, want.loss)
+    want.loss.backward()
+    got.loss.backward()
+    torch.testing.assert_close([g.full_tensor() for g in gradients(fused)], gradients(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_is_sharded_by_itself_is_refused(mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = build("llama")
+    swl.torch.apply_to(model)
+    for part in (model.lm_head, model):
+        fully_shard(part, mesh=mesh)
+    with pytest.raises(RuntimeError, match="hold the head together with the rest"):
+        model(**batch())
+    sharded = build("llama")
+    fully_shard(sharded.lm_head, mesh=mesh)
+    with pytest.raises(ValueError, match="output embeddings of type FSDPLinear"):
+        swl.torch.apply_to(sharded)
 
 
 def test_a_trainer_trains_and_evaluates(tmp_path: Path) -> None:
