@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(256, 4)
   for (int k = 0; k < each; k += Packed::SIZE) {
     const int j = (int)min_of((tile * each + k) * lanes + lane, at.packs);
     Packed packed{};  // a row that does not count is not read
-    if (exists && row.counts) packed = load_turn<Packed::SIZE>(at, j, lanes, narrow<T>(-infinity<A>()));
+    if (at.packs > 0 && row.counts) packed = load_turn<Packed::SIZE>(at, j, lanes, narrow<T>(-infinity<A>()));
     if (sizeof(G) < sizeof(T)) __syncthreads();  // the logits of this turn are read before gradients go over them
     write_turn<G, T, KIND>(p, row, n, at, j, lanes, packed, grad, wide);
   }
