@@ -245,8 +245,8 @@ BY_HAND = (
     Mutant(
         "an ignored row without options has a gradient: ce_backward",
         "cross_entropy",
-        "    if (exists && row.counts) packed = load_turn",
-        "    if (exists) packed = load_turn",
+        "    if (at.packs > 0 && row.counts) packed = load_turn",
+        "    packed = load_turn",
     ),
     Mutant(
         "an ignored row has a probability",
