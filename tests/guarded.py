@@ -96,7 +96,7 @@ def losses() -> list[bytes]:
 
 def check_losses() -> None:
     """Compare the losses between guards to those on ordinary memory."""
-    names = "sweep", "plain_loss", "prepare_ids", "total", "convert"
+    names = "sweep", "plain_loss", "plain_loss_of_rows", "prepare_ids", "total", "convert"
     whole = {name: getattr(kernels, name) for name in names}
     for past_the_caches in (False, True):
         backend.STREAM = backend.LONG = 0 if past_the_caches else 1 << 60

@@ -57,7 +57,7 @@ def test_kernels_allocate_nothing_and_count_references_to_their_arguments_only()
         r'^define [^\n]*?@("[^"]+"|[^\s(]+)\([^\n]*\{\n(.*?)^\}', done.stdout, re.MULTILINE | re.DOTALL
     )
     inside = {name: body for name, body in functions if not name.startswith(("NRT_", "_ZN7cpython", "cfunc."))}
-    for kernel in ("sweep", "plain_loss", "prepare_ids", "total", "convert", "_gemm"):
+    for kernel in ("sweep", "plain_loss", "plain_loss_of_rows", "prepare_ids", "total", "convert", "_gemm"):
         assert any(re.search(rf"\d{kernel}_[0-9a-f]{{12}}", name) for name in inside), kernel
     for name, body in inside.items():
         for line in re.findall(r"[^\n]*@NRT_[^\n]*", body):

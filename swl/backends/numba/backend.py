@@ -201,21 +201,23 @@ class NumbaBackend(NumpyBackend):
         N, C = shape = logits.shape
         if not (N * C and logits.flags.carray and -_BEYOND <= ignore_index < _BEYOND):
             return None
-        if out is not None and (out.dtype != acc or out.shape != shape or not out.flags.carray):
-            return None
-        ids, probs = _NO_IDS, _NO_PROBS[acc]
-        if (
-            target.shape == (N,) and target.dtype == _I64 and target.flags.carray
-        ):  # of another form it would be compiled again
-            ids = target
-        elif target.shape == shape and C > 1 and target.dtype.kind in "fiub":
-            probs = np.ascontiguousarray(target, acc)
-            if out is not None and np.may_share_memory(out, target):
-                return None
+        if out is None:
+            gradient = _NO_OUT[acc]
+        elif out.dtype == acc and out.shape == shape and out.flags.carray:
+            gradient = out
         else:
             return None
         room = scratch(kernels.plain_room(N, C, acc.itemsize), acc)
-        total, count = kernels.plain_loss(logits, ids, probs, ignore_index, _NO_OUT[acc] if out is None else out, room)
+        if target.ndim == 1:
+            if target.size != N or target.dtype != _I64 or not target.flags.carray:  # it would be compiled once more
+                return None
+            total, count = kernels.plain_loss(logits, target, ignore_index, gradient, room)
+        else:
+            if target.shape != shape or C == 1 or target.dtype.kind not in "fiub":
+                return None
+            if out is not None and np.may_share_memory(out, target):
+                return None
+            total, count = kernels.plain_loss_of_rows(logits, np.ascontiguousarray(target, acc), gradient, room)
         return None if count < 0 else (total, count)
 
     def by_rows(self, work: Callable[[int, int], object], n_rows: int, row_size: int) -> None:

@@ -341,8 +341,21 @@ def prepare_ids(ids: Any, n_classes: int, ignore_index: int, weight: Any, clean:
 
 
 @_kernel
-def plain_loss(logits: Any, ids: Any, probs: Any, ignore_index: int, out: Any, room: Any) -> Any:
-    """Return Σ loss and Σ m; write the gradient of the mean unless `out` has no rows. One of `ids` and `probs` has no rows.
+def plain_loss(logits: Any, ids: Any, ignore_index: int, out: Any, room: Any) -> Any:
+    """Do `_plain_loss` of class ids."""
+    none = carray(address_in(room, 0), (1, 0), room.dtype)
+    return _plain_loss(logits, ids, none, ignore_index, out, room)
+
+
+@_kernel
+def plain_loss_of_rows(logits: Any, probs: Any, out: Any, room: Any) -> Any:
+    """Do `_plain_loss` of probabilities."""
+    return _plain_loss(logits, carray(address_in(room, 0), 0, np.int64), probs, 0, out, room)
+
+
+@register_jitable
+def _plain_loss(logits: Any, ids: Any, probs: Any, ignore_index: int, out: Any, room: Any) -> Any:
+    """Return Σ loss and Σ m; write the gradient of the mean unless `out` has no rows. One of `ids` and `probs` has no numbers.
 
     −1 in place of Σ m, with nothing written, says that an id is bad, or that `out` overlaps the logits and is not the same array.
     `room` is scratch of `plain_room` numbers, in which all arrays lie that `sweep` has from elsewhere.
