@@ -311,6 +311,21 @@ def test_ignored_rows_have_no_gradient_whatever_comes_after(backend: Any, budget
         assert np.isfinite(dx[~ignored]).all() == (reduction == "none")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize("budget", [BOTH, 20_000, 10**6])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}], ids=str)
+def test_ignored_rows_have_no_gradient_whatever_the_bias(backend: Any, budget: int, options: Any) -> None:
+    rng = np.random.default_rng(0)
+    x, W = rng.standard_normal((150, 5)), rng.standard_normal((5, 30))
+    for what in (np.nan, np.inf):
+        arrays = x, W, np.full(150, -100), np.full(30, what)
+        loss, gradients = swl.linear_cross_entropy_value_and_grad(
+            *map(backend.array, arrays), memory_budget=budget, **options
+        )
+        assert backend.numpy(loss) == 0
+        assert not any(backend.numpy(g).any() for g in gradients)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=str)
 def test_a_16_bit_gradient_adds_up_in_float32(backend: Any, dtype: Any) -> None:
     """4096 equal rows: added up in 16 bit, a row's share would soon be less than half the spacing of the sum."""
