@@ -58,10 +58,10 @@ def test_lightning(how: str, tmp_path: Path) -> None:
     want = losses(ours=False)
     assert want[-1] < want[0]
     if how == "modules":
-        assert losses(ours=True) == pytest.approx(want, rel=1e-5)
+        assert losses(ours=True) == pytest.approx(want, rel=1e-6, abs=1e-6)
         return
     with swl.torch.patch() as report:
-        assert losses(ours=False) == pytest.approx(want, rel=1e-5)
+        assert losses(ours=False) == pytest.approx(want, rel=1e-6, abs=1e-6)
     assert (report.covered, report.fell_through.total()) == (12, 0)
 
 

@@ -261,7 +261,7 @@ def test_a_trainer_trains_and_evaluates(tmp_path: Path) -> None:
 
     want = losses(fused=False)
     assert len(want) == 6
-    assert losses(fused=True) == pytest.approx(want, rel=1e-5)
+    assert losses(fused=True) == pytest.approx(want, rel=1e-6, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ what is done to a model
