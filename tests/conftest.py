@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
-from needs import GPU, IN_CI
+from needs import GPU, IN_CI, TORCH
 
 import swl
 from swl.backends import Backend, get
@@ -138,3 +138,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """One process of gloo as a mesh of torch's devices."""
+    distributed = pytest.importorskip("torch.distributed", reason=TORCH)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("all",))
+    distributed.destroy_process_group()

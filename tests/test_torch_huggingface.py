@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -196,15 +196,6 @@ def test_a_compiled_model() -> None:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def mesh(tmp_path: Path) -> Iterator[Any]:
-    """One process of gloo as a mesh of devices."""
-    distributed = torch.distributed
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
-    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("first", ["swl", "fsdp"])
 def test_fully_sharded_data_parallel(mesh: Any, first: str) -> None:
     from torch.distributed.fsdp import fully_shard
@@ -356,7 +347,7 @@ import sys, torch, transformers, swl.torch
 size = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32_000, **size))
 if sys.argv[1] == "fused":
-    swl.torch.apply_to(model, memory_budget=32 << 20)
+    swl.torch.apply_to(model)
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 ids = torch.randint(0, 32_000, (1, 1024))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,18 +48,6 @@ def test_storages_may_be_freed_and_filled_again_before_backward(dtype: Any, redu
     held: list[Any] = []
     want = gradient(lambda: None)
     torch.testing.assert_close(gradient(move), want, rtol=0, atol=0)
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One process of gloo as a mesh of devices."""
-    distributed = pytest.importorskip("torch.distributed")
-    if not distributed.is_available():
-        pytest.skip("this torch has no torch.distributed")
-    meeting: Path = tmp_path_factory.mktemp("gloo") / "meeting"
-    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
-    yield distributed.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("all",))
-    distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")  # torch's own

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Parameter
 
-__all__ = ["local", "mesh_of", "sizes_over"]
+from swl.torch._loss import PLAIN
+
+__all__ = ["is_dtensor", "local", "mesh_of", "sizes_over"]
 
 
 def mesh_of(linear_weight: Any) -> Any:
     """Return the mesh over which the classes of a weight ``(C, D)`` are sharded; None for a plain tensor."""
-    if not _is_dtensor(linear_weight):
+    if not is_dtensor(linear_weight):
         return None
     mesh, placements = linear_weight.device_mesh, linear_weight.placements
     if mesh.ndim != 1 or not placements[0].is_shard(0):
@@ -35,7 +36,7 @@ def local(name: str, t: Any, mesh: Any, shard: int | None = None, replicated: bo
 
     Other tensors are returned as they are.
     """
-    if _is_dtensor(t):
+    if is_dtensor(t):
         placement = t.placements[0]
         legal = (placement.is_replicate() and replicated) or (shard is not None and placement.is_shard(shard))
         if t.device_mesh.ndim != 1 or not legal:
@@ -48,14 +49,12 @@ def local(name: str, t: Any, mesh: Any, shard: int | None = None, replicated: bo
             raise ValueError(f"{name} is on the mesh {t.device_mesh} but linear_weight on {mesh}")
         t = t.to_local()
     # a result that is still on its way to this rank, an AsyncCollectiveTensor, is waited for
-    return t if t is None or type(t) in _PLAIN or not isinstance(t, Tensor) else t.clone()
+    return t if t is None or type(t) in PLAIN or not isinstance(t, Tensor) else t.clone()
 
 
-_PLAIN = (Tensor, Parameter)
-
-
-def _is_dtensor(t: Any) -> bool:
-    if type(t) in _PLAIN or not isinstance(t, Tensor):
+def is_dtensor(t: Any) -> bool:
+    """Tell whether a tensor is spread over processes."""
+    if type(t) in PLAIN or not isinstance(t, Tensor):
         return False
     from torch.distributed.tensor import DTensor  # slow to import, and where it was not there are none
 

@@ -18,6 +18,7 @@ from torch.nn.functional import linear, pad
 
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.options import ExtraKwargs
+from swl.torch._dtensor import is_dtensor
 from swl.torch._linear import linear_cross_entropy
 from swl.torch._options import autocast_dtype
 
@@ -145,7 +146,7 @@ class _Head(torch.nn.Linear):
 
 
 def _parameters(head: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
-    if hasattr(head.weight, "full_tensor"):
+    if is_dtensor(head.weight):
         raise RuntimeError(
             "the head's weight is sharded when the loss needs it; let fully_shard(model) hold the head together with the rest "
             "of the model, not by itself"

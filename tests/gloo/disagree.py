@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import RANK, SIZE
+from ranks import wrong_on_the_last
 from torch import Tensor
 
 import swl.torch
@@ -16,7 +17,7 @@ import swl.torch
 
 def main() -> str:
     last = RANK == SIZE - 1
-    where = f"rank {SIZE - 1}"
+    where, raises = f"rank {SIZE - 1}", wrong_on_the_last(RANK, SIZE)
     x, W = torch.ones(5, 3, requires_grad=True), torch.ones(4, 3)
     t = torch.arange(5)
 
@@ -46,11 +47,6 @@ def main() -> str:
         loss(x[:4] if last else x, t=t[:4] if last else t)
     with differ("sizes"):
         loss(sizes=[4] * SIZE if last else [*[4] * (SIZE - 1), 5])
-
-    # wrong on one rank only: its own error there, on the others a message with rank and cause
-    def raises(own: type[Exception], message: str) -> Any:
-        cause = message if last else rf"{where} of {SIZE} failed: {own.__name__}: .*{message}"
-        return pytest.raises(own if last else RuntimeError, match=cause)
 
     with raises(ValueError, "label_smoothing must be in"):
         loss(label_smoothing=3.0 if last else 0.0)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - as torch's own documentation calls it
 from processes import RANK, SIZE
+from ranks import BUDGETS, OPTIONS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,24 +19,6 @@ import swl
 import swl.torch
 from swl.ops.chunks import DEFAULT_BUDGET
 
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"weight": True},
-    {"label_smoothing": 0.1},
-    {"sample_weight": True},
-    {"z_loss": 0.3},
-    {"softcap": 2.0},
-    {"temperature": 0.7},
-    {"ignore_index": 0},
-    {"denominator": 7.0},
-    {"reduction": "sum"},
-    {"reduction": "none"},
-    {"weight": True, "label_smoothing": 0.3},
-    {"weight": True, "sample_weight": True, "ignore_index": 1, "z_loss": 1e-2},
-    {"weight": True, "reduction": "none", "sample_weight": True, "temperature": 1.5},
-    {"weight": True, "label_smoothing": 0.5, "sample_weight": True, "z_loss": 0.1, "softcap": 3.0, "temperature": 2.0},
-]
-BUDGETS = [DEFAULT_BUDGET, 3000, 40_000]  # all logits at once; classes cut; rows cut
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from ranks import wrong_on_the_last
 
 from swl import distributed
 
@@ -13,7 +19,7 @@ from swl import distributed
 def main() -> None:
     with distributed.run() as comm:
         last = comm.rank == comm.size - 1
-        where = f"rank {comm.size - 1}"
+        where, raises = f"rank {comm.size - 1}", wrong_on_the_last(comm.rank, comm.size)
         W = np.ones((3, 4))
 
         def head(**keywords: Any) -> Any:
@@ -29,11 +35,6 @@ def main() -> None:
             head(b=None if last else np.ones(4))
         with pytest.raises(ValueError, match=rf"{where} has .*memory_budget 7"):
             head(memory_budget=7 if last else 8)
-
-        # wrong on one rank only: its own error there, on the others a message with rank and cause
-        def raises(own: type[Exception], message: str) -> Any:
-            cause = message if last else rf"{where} of {comm.size} failed: {own.__name__}: .*{message}"
-            return pytest.raises(own if last else RuntimeError, match=cause)
 
         with raises(ValueError, "label_smoothing must be in"):
             head(label_smoothing=3.0 if last else 0.0)

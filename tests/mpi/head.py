@@ -15,28 +15,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import oracle
+from ranks import BUDGETS, OPTIONS
 
 import swl
 from swl import distributed
-from swl.ops.chunks import DEFAULT_BUDGET
-
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"weight": True},
-    {"label_smoothing": 0.1},
-    {"sample_weight": True},
-    {"z_loss": 0.3},
-    {"softcap": 2.0},
-    {"temperature": 0.7},
-    {"ignore_index": 0},
-    {"denominator": 7.0},
-    {"reduction": "sum"},
-    {"reduction": "none"},
-    {"weight": True, "label_smoothing": 0.3},
-    {"weight": True, "sample_weight": True, "ignore_index": 1, "z_loss": 1e-2},
-    {"weight": True, "label_smoothing": 0.5, "sample_weight": True, "z_loss": 0.1, "softcap": 3.0, "temperature": 2.0},
-]
-BUDGETS = [DEFAULT_BUDGET, 3000, 40_000]  # all logits at once; classes cut; rows cut
 
 
 def sizes_of(rng: Any, C: int, ranks: int) -> Any:
