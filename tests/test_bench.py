@@ -32,6 +32,7 @@ TINY = [
     Case("backward", "affine", (), partial(cases.affine, 5, 7, 3, True)),
     *(Case(which, "products", (), partial(cases.products, 5, 7, 3, which)) for which in ("x·W", "G·Wᵀ", "xᵀ·G")),
     Case("", "head", (), partial(cases.head, 6, 5, 11)),
+    Case("", "head16", (), partial(cases.head_16_bit, 6, 5, 11), own="float32"),
     Case("", "log_prob", (), partial(cases.log_prob, 6, 5, 11)),
     Case("", "kl", (), partial(cases.kl, 6, 5, 4, 11)),
     Case("", "one-hot", (), partial(cases.one_hot, 6, 5)),
@@ -62,7 +63,7 @@ def test_contenders_compute_the_same_and_are_all_timed(case: Case) -> None:
 
 
 def test_every_case_names_all_its_contenders() -> None:
-    order = "losses forward dtypes small one-hot affine products head log_prob kl after threads step"
+    order = "losses forward dtypes small one-hot affine products head head16 log_prob kl after threads step"
     assert order.split() == list(GROUPS)
     for case in CASES.values():
         assert case.own in case.names

@@ -225,6 +225,24 @@ def head(N: int, D: int, C: int) -> Built:
     return calls, peers.numpy_head(x, W, t), 1e-4
 
 
+def head_16_bit(N: int, D: int, C: int) -> Built:
+    """Compare the fused head in three dtypes, and with its weight stored as (C, D)."""
+    import ml_dtypes
+
+    rng = np.random.default_rng(0)
+    x, W = rng.standard_normal((N, D), np.float32), rng.standard_normal((D, C), np.float32) / np.float32(D**0.5)
+    t, calls = rng.integers(0, C, N), {}
+
+    def both(x: Any, W: Any) -> Any:
+        loss, gradients = swl.linear_cross_entropy_value_and_grad(x, W, t, needs=("dx", "dW"))
+        return loss, *gradients[:2]
+
+    for name, dtype in (("float32", np.float32), ("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)):
+        for end, stored in (("", W.astype(dtype)), (", (C, D)", np.ascontiguousarray(W.T, dtype).T)):
+            calls[name + end] = on(OURS, partial(both, x.astype(dtype), stored))
+    return contenders(calls), peers.numpy_head(x, W, t), TOLERANCE["bfloat16"]
+
+
 def log_prob(N: int, D: int, C: int) -> Built:
     """Compare log-probabilities and entropies of the rows, and their gradients, with the fused loss's."""
     rng = np.random.default_rng(0)
@@ -405,6 +423,9 @@ def _cases() -> Iterator[Case]:
     names = ("three products", *ours, "torch", "torch, in chunks", "NumPy by hand")
     for N, D, C in HEADS:
         yield Case(f"{N} × {D} × {C}", "head", names, partial(head, N, D, C), floor="three products")
+    names = tuple(f"{dtype}{end}" for dtype in ("float32", "float16", "bfloat16") for end in ("", ", (C, D)"))
+    for N, D, C in HEADS[1:]:
+        yield Case(f"{N} × {D} × {C}", "head16", names, partial(head_16_bit, N, D, C), own="float32")
     for N, D, C in HEADS[1:]:
         yield Case(f"{N} × {D} × {C}", "log_prob", ("swl", *OTHERS, "torch"), partial(log_prob, N, D, C))
         yield Case(f"{N} × {D} × {C}, teacher of {2 * D}", "kl", ("swl", *OTHERS, "torch"), partial(kl, N, D, 2 * D, C))
