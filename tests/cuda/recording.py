@@ -76,12 +76,14 @@ class Recording:
     def __init__(self) -> None:
         self.records: dict[tuple[str, ...], list[Record]] = {}
         self.sources: dict[tuple[str, ...], str] = {}
+        self._alive: list[list[Any]] = []  # so that no launch gets the memory of another's temporaries
 
     def __call__(self, launch: strict.Launch) -> None:
         """Observe a launch, before and after."""
         with strict.unwatched():
             fake.cupy().cuda.Device().synchronize()
         arrays = [x for arg in launch.args for x in _pointers(arg).values() if x.size]
+        self._alive.append(arrays)
         if not launch.done:
             self._before = [(low, _memory(low, high)) for low, high in _merged(sorted(map(_bounds, arrays)))]
             return
