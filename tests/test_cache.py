@@ -375,6 +375,12 @@ def test_changed_sources_are_compiled_anew(package: Path, tmp_path: Path) -> Non
 
 def test_a_change_of_what_the_kernels_are_made_of_counts_too(package: Path, tmp_path: Path) -> None:
     assert ids(tmp_path, "int64", PYTHONPATH=package) > 0
-    with (package / "swl" / "backends" / "numba" / "simd.py").open("a") as source:
+    with (package / "swl" / "backends" / "numba" / "simd" / "vectors.py").open("a") as source:
         source.write("\n# another version\n")
     assert ids(tmp_path, "int64", PYTHONPATH=package) > 0
+
+
+def test_no_file_of_the_vectors_is_left_out() -> None:
+    simd = importlib.import_module("swl.backends.numba.simd")
+    there = {str(path) for path in Path(simd.__file__ or "").parent.glob("[!_]*.py")}
+    assert {*simd.SOURCES} == there

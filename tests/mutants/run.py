@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "swl/backends/numba/kernels.py"
 ROWS = "swl/backends/numba/rows.py"
 FEW = "swl/backends/numba/few_classes.py"
-SIMD = "swl/backends/numba/simd.py"
+VIEWS = "swl/backends/numba/simd/views.py"
 GEMM = "swl/backends/numba/gemm.py"
 TILE = "swl/backends/numba/gemm_tile.py"
 PRODUCTS = "swl/backends/numba/products.py"
@@ -177,9 +177,9 @@ MUTANTS = [
     ),
     Mutant(
         "row offsets of 32 bits",
-        SIMD,
+        VIEWS,
         "made.data = builder.gep(view.data, [builder.mul(index, shape[-1])])",
-        "made.data = builder.gep(view.data, [builder.zext(builder.trunc(builder.mul(index, shape[-1]), _I32), _I64)])",
+        "made.data = builder.gep(view.data, [builder.zext(builder.trunc(builder.mul(index, shape[-1]), type(I64)(32)), I64)])",
         "test_cpu_kernels.py:offsets_past",
     ),
     Mutant(

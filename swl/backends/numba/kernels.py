@@ -81,7 +81,7 @@ FORWARD, BACKWARD, STATS, STREAM = 1, 2, 4, 8
 
 def _kernel(function: Any) -> Any:
     """Compile at first use and keep the result on disk."""
-    return kept(function, __file__, _simd.__file__, _cpu_rows.__file__, _cpu_few_classes.__file__, _gemm_tile.__file__)
+    return kept(function, __file__, *_simd.SOURCES, _cpu_rows.__file__, _cpu_few_classes.__file__, _gemm_tile.__file__)
 
 
 @njit(**INNER)

@@ -1,7 +1,7 @@
 """Working memory of the compiled kernels: each thread's own, used again by every call and grown where one needs more.
 
 Kernels allocate nothing. What compiled code allocates is freed after the last use that Numba knows of, and Numba does not know that
-a view (`swl.backends.numba.simd.Row`) uses it. The memory of a kernel's arguments outlives the call.
+a view (`swl.backends.numba.simd.views.Row`) uses it. The memory of a kernel's arguments outlives the call.
 """
 
 from __future__ import annotations
