@@ -19,8 +19,8 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 CLASSES = 1024
 ROWS = (4, 128)
 """A few rows, which one thread does alone, and enough to start the others."""
-LARGE = (512, 32), (32, 6000)
-"""Shapes of inputs and weights whose product is large enough for a kernel of its own."""
+LARGE = (512, 96), (96, 10944)
+"""Shapes of inputs and weights whose products, backward too, are large enough for a kernel of their own."""
 
 
 def warmup(
@@ -105,8 +105,8 @@ def _jobs(dtype: np.dtype[Any], ids: list[np.dtype[Any]]) -> Iterator[Callable[[
     """Give the calls for one dtype."""
     rng = np.random.default_rng(0)
     W = swl.asarray(rng.random((16, CLASSES)).astype(dtype))
-    wide = (swl.asarray(rng.random(shape).astype(dtype)) for shape in LARGE)
-    yield partial(swl.affine, *wide)
+    x, large = (swl.asarray(rng.random(shape).astype(dtype)) for shape in LARGE)
+    yield partial(_products, x, large)
     w = swl.asarray(np.ones(CLASSES), dtype)
     for n in ROWS:
         z, q = (swl.asarray(rng.random((n, CLASSES)).astype(dtype)) for _ in range(2))
@@ -117,6 +117,14 @@ def _jobs(dtype: np.dtype[Any], ids: list[np.dtype[Any]]) -> Iterator[Callable[[
             for budget in (8 * n * CLASSES, 2 * n * CLASSES):  # all logits at once, and chunks of classes
                 yield partial(_fused, z[:, :16], W, t, w, budget)
         yield partial(_affine, z[:, :16], W, w)
+
+
+def _products(x: Any, W: Any) -> None:
+    """Products that are large; with 16-bit operands each mixture with float32 ones has a kernel of its own."""
+    ids = swl.asarray(np.arange(len(x)) % W.shape[1])
+    swl.linear_cross_entropy_value_and_grad(x, W, ids)
+    if x.itemsize == 2:
+        swl.affine_backward(swl.affine(x, W), x, W)
 
 
 def _plain(z: Any, t: Any, each: Any) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from swl.backends.host.blas import control, one_thread_each
 from swl.backends.host.threads import POOL
 from swl.backends.numba import gemm as _gemm
 from swl.backends.numba import products as _products
+from swl.backends.numba.backend import READS_HALVES
 from swl.backends.numba.gemm import DEEP, gemm
 from swl.backends.numba.gemm_tile import ROWS
 from swl.backends.numba.products import product
@@ -55,25 +57,57 @@ def bound(a: Any, b: Any, steps: int) -> Any:
     return steps * np.finfo(a.dtype).eps * (np.abs(a).astype(np.float64) @ np.abs(b).astype(np.float64))
 
 
+DTYPES = {"d": np.float64, "f": np.float32, "e": np.float16, "b": ml_dtypes.bfloat16}
+CONVERTS = pytest.mark.skipif(not READS_HALVES, reason="the kernel widens 16-bit operands where an instruction does")
+
+
+def eps(dtype: Any) -> float:
+    return float(ml_dtypes.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    "dtypes", ["fff", "ddd", *(pytest.param(d, marks=CONVERTS) for d in ("bbf", "bbb", "efe", "fbf"))]
+)
 @given(
-    m=SIZES, n=SIZES, k=INNER, dtype=st.sampled_from([np.float32, np.float64]), add=st.booleans(),
+    m=SIZES, n=SIZES, k=INNER, add=st.booleans(),
     places=st.tuples(*[st.sampled_from(PLACES)] * 2, st.sampled_from(PLACES[:-1])), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_the_kernel_multiplies_matrices_wherever_they_lie(
-    m: int, n: int, k: int, dtype: Any, add: bool, places: tuple[str, str, str], seed: int
+    dtypes: str, m: int, n: int, k: int, add: bool, places: tuple[str, str, str], seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    a, b, out = (rng.standard_normal(shape).astype(dtype) for shape in ((m, k), (k, n), (m, n)))
+    a, b, out = (
+        rng.standard_normal(shape).astype(DTYPES[d]) for shape, d in zip(((m, k), (k, n), (m, n)), dtypes, strict=True)
+    )
+    add = add and out.itemsize > 2
     a, b = (np.repeat(x[:1], len(x), 0) if place == "repeated" else x for x, place in zip((a, b), places, strict=False))
     expected = a.astype(np.float64) @ b.astype(np.float64) + (out if add else 0)
-    here = put_down(out, places[2], around=5.0)
+    here = put_down(out, places[2], around=2.0**14)
     gemm(put_down(a, places[0], around=np.nan), put_down(b, places[1], around=np.nan), here, add)
-    assert (np.abs(here - expected) <= bound(a, b, min(k, DEEP) + k // DEEP + 2) + np.finfo(dtype).eps * 8).all()
+    if out.itemsize == 2:
+        a, b = a.astype(np.float32), b.astype(np.float32)
+    legal = bound(a, b, min(k, DEEP) + k // DEEP + 2) + eps(out.dtype) * (8 if out.itemsize > 2 else np.abs(expected))
+    assert (np.abs(here.astype(np.float64) - expected) <= legal + (6e-8 if dtypes[2] == "e" else 0)).all()
     base = here
     while base.base is not None:
         base = base.base
     if places[2] not in ("plain", "reversed", "unaligned"):
-        assert (base == 5.0).sum() == base.size - here.size  # nothing beside the result was written
+        assert (base == 2.0**14).sum() == base.size - here.size  # nothing beside the result was written
+
+
+@CONVERTS
+@pytest.mark.parametrize("name", ["e", "b"])
+def test_a_result_of_16_bit_is_the_float32_one_rounded_once(name: str) -> None:
+    """However many parts the inner axis is taken in, and as if the operands had been float32."""
+    rng = np.random.default_rng(0)
+    for m, k, n in ((33, 400, 70), (33, 3 * DEEP + 5, 101)):
+        a, b = rng.standard_normal((m, k)).astype(DTYPES[name]), rng.standard_normal((k, n)).astype(np.float32)
+        out, wide, wider = np.empty((m, n), DTYPES[name]), np.empty((m, n), np.float32), np.empty((m, n), np.float32)
+        gemm(a, b, out)
+        gemm(a, b, wide)
+        gemm(a.astype(np.float32), b, wider)
+        np.testing.assert_array_equal(wide, wider)
+        np.testing.assert_array_equal(out, wide.astype(DTYPES[name]))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -51,7 +51,11 @@ for batch, C in ((100, 10), (300, 1009)):  # one thread, and all
             z = rng.standard_normal((batch, C)).astype(dtype)
             swl.cross_entropy(z, t, stats=True, **options)
             swl.cross_entropy_value_and_grad(z, t, out=z, reduction="sum", dout=0.5, **options)
-swl.affine(np.zeros((700, 64), dtype), np.zeros((64, 5000), dtype))
+x, W = np.ones((700, 64), dtype), np.ones((64, 15001), dtype)
+for budget in (2**28, 2**24):
+    for weights in (W, W.T.copy().T):
+        swl.linear_cross_entropy_value_and_grad(x, weights, np.arange(700), memory_budget=budget)
+        swl.affine_backward(swl.affine(x, weights, weights[0]), x, weights)
 print(before, warm, kernels())
 """
 

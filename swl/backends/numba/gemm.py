@@ -25,6 +25,7 @@ from numba import config, njit
 
 from swl.backends.host.memory import MEMORY
 from swl.backends.numba import gemm_tile as _gemm_tile
+from swl.backends.numba import simd as _simd
 from swl.backends.numba.cache import kept
 from swl.backends.numba.gemm_tile import (
     AHEAD,
@@ -38,12 +39,17 @@ from swl.backends.numba.gemm_tile import (
     get,
     multiply_tile,
     put,
+    put_step,
+    row_at,
     size_of,
+    steps_in,
     transpose,
 )
+from swl.backends.numba.halves import bits_of
 from swl.backends.numba.scratch import scratch
+from swl.backends.numba.simd import move
 
-__all__ = ["USABLE", "gemm"]
+__all__ = ["USABLE", "gemm", "takes"]
 
 DEEP = 512
 """Steps along the inner axis that are packed at a time, at most."""
@@ -51,62 +57,58 @@ BLOCK = 1 << 20
 """Bytes of a packed part of `a`: half of a second cache."""
 
 
-def _usable() -> bool:
+def _has(feature: str) -> bool:
     as_it_is = config.CPU_NAME is None and config.CPU_FEATURES is None and config.ENABLE_AVX
     if not as_it_is or config.DISABLE_JIT:  # Numba compiles for another processor, or not at all
         return False
     try:
-        return bool(llvm.get_host_cpu_features().get("avx512f"))
+        return bool(llvm.get_host_cpu_features().get(feature))
     except RuntimeError:  # LLVM does not know this kind of processor
         return False
 
 
-USABLE = _usable()
+USABLE = _has("avx512f")
 """Whether this processor has the registers that the tile is made for. Elsewhere the kernel is right, but BLAS is faster."""
+PAIRS = USABLE and _has("avx512bf16")
+"""Whether it multiplies bfloat16 by pairs."""
+if PAIRS:
+    llvm.initialize_native_asmparser()
 
 
 @njit(error_model="numpy", nogil=True)
-def _pack(zero, source, across, along, n, k, width, panels):
-    """Copy n lines of k numbers to panels [line // width][along][line % width], 0 where there is nothing.
+def _pack(panel, like, source, across, along, n, k, width, panels):
+    """Copy n lines of k numbers of `like` to panels [line // width][along][line % width], 0 where there is nothing.
 
-    Neighbours in a line are `along` bytes apart, those of two lines `across`; k is filled up to a multiple of UNROLL.
+    Neighbours in a line are `along` bytes apart, those of two lines `across`; the panel is filled up to a multiple of UNROLL.
     """
-    size = size_of(zero)
-    deep = (k + UNROLL - 1) // UNROLL * UNROLL
-    panel = deep * width * size
-    full = n // width
-    if across == size:
-        for j in range(k):
-            s, p = source + j * along, panels + j * width * size
+    size, unit = size_of(panel), steps_in(panel)
+    steps = (k + unit - 1) // unit
+    deep = (steps + UNROLL - 1) // UNROLL * UNROLL
+    each = deep * width * size  # bytes of a panel
+    step = along * unit
+    full, whole = n // width, k // unit
+    done = whole
+    if across == size_of(like):
+        for j in range(whole):
+            s, p = source + j * step, panels + j * width * size
             for _ in range(full):
                 for i in range(0, width, SQUARE):
-                    copy(zero, s + i * size, p + i * size)
-                s += width * size
-                p += panel
-    elif along == size:
-        squares = k // SQUARE * SQUARE
+                    copy(panel, like, s + i * across, along, p + i * size)
+                s += width * across
+                p += each
+    elif along == size_of(like):
+        done = whole // SQUARE * SQUARE
         for f in range(full):
             for i in range(0, width, SQUARE):
-                s, p = source + (f * width + i) * across, panels + f * panel + i * size
-                for j in range(0, squares, SQUARE):
-                    transpose(zero, s + j * size, across, p + j * width * size, width * size)
-                for j in range(squares, k):
-                    for r in range(SQUARE):
-                        put(p + (j * width + r) * size, get(zero, s + r * across + j * size))
+                s, p = source + (f * width + i) * across, panels + f * each + i * size
+                for j in range(0, done, SQUARE):
+                    transpose(panel, like, s + j * step, across, p + j * width * size, width * size)
     else:
-        for line in range(full * width):
-            p = panels + line // width * panel + line % width * size
-            for j in range(k):
-                put(p + j * width * size, get(zero, source + line * across + j * along))
-    if full * width < n:
-        for i in range(width):
-            line = full * width + i
-            for j in range(k):
-                number = get(zero, source + line * across + j * along) if line < n else zero
-                put(panels + full * panel + (j * width + i) * size, number)
-    for f in range((n + width - 1) // width):
-        for i in range(k * width, deep * width):
-            put(panels + f * panel + i * size, zero)
+        done = 0
+    for line in range((n + width - 1) // width * width):  # what is left: ends of lines, and lines that are not there
+        s, p = source + line * across, panels + line // width * each + line % width * size
+        for j in range(done if line < full * width else 0, deep):
+            put_step(panel, like, s + j * step, along, k - j * unit if line < n else 0, p + j * width * size)
 
 
 @njit(error_model="numpy")
@@ -116,33 +118,46 @@ def _even(total, most, unit):
     return max(1, (total + parts * unit - 1) // (parts * unit)) * unit
 
 
-def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n, k, add):
-    """``out = a·b`` or ``out += a·b``; addresses and steps in bytes, those along the columns of `out` being its numbers' size."""
+def _gemm(
+    room, panel, half, a_like, a, a_rows, a_columns, b_like, b, b_rows, b_columns, out, out_rows, sums, sums_rows, rounds,
+    m, n, k, add,
+):  # fmt: skip
+    """``out = a·b`` or ``out += a·b``; addresses and steps in bytes, those along the columns of `out` being its numbers' size.
+
+    If it `rounds`, to the type of `half`, `out` is not added to: parts of the inner axis add up in `sums`.
+    """
     zero = room.dtype.type(0)
-    size = size_of(zero)
+    size, unit = size_of(panel), steps_in(panel)
     width = VECTORS * LINE // size
     left = address_of(room)
     right = left + BLOCK
     edge = right + DEEP * VECTORS * LINE  # a tile of which only a part lies within the result
-    most = _even(k, DEEP, 1)
+    most = _even(k, DEEP * unit, unit)
     block = _even(m, BLOCK // (DEEP * size), ROWS)
     for k0 in range(0, k, most):
         deep = min(most, k - k0)
-        steps = (deep + UNROLL - 1) // UNROLL * UNROLL
+        steps = ((deep + unit - 1) // unit + UNROLL - 1) // UNROLL * UNROLL
         fetched = max(1, steps // (UNROLL * AHEAD))  # lines of the next panel while a tile is computed
         adds = add or k0 > 0
+        ends = rounds and k0 + deep == k
+        y, y_rows = (sums, sums_rows) if rounds else (out, out_rows)
         for m0 in range(0, m, block):
             rows = min(block, m - m0)
-            _pack(zero, a + m0 * a_rows + k0 * a_columns, a_rows, a_columns, rows, deep, ROWS, left)
+            _pack(panel, a_like, a + m0 * a_rows + k0 * a_columns, a_rows, a_columns, rows, deep, ROWS, left)
             for n0 in range(0, n, width):
                 columns = min(width, n - n0)
                 here = b + k0 * b_rows + n0 * b_columns
-                _pack(zero, here, b_columns, b_rows, columns, deep, width, right)
+                _pack(panel, b_like, here, b_columns, b_rows, columns, deep, width, right)
                 # the next panel of b, as lines of memory, and how far it has been fetched
                 coming = here + width * b_columns
-                lines, length, line_step, i_next, j_next = deep, min(width, n - n0 - width) * size, b_rows, 0, 0
-                if b_columns != size:
-                    lines, length, line_step = length // size, deep * size if length > 0 else 0, b_columns
+                lines, line_step, length = deep, b_rows, min(width, n - n0 - width) * size_of(b_like)
+                i_next, j_next = 0, 0
+                if b_columns != size_of(b_like):
+                    lines, line_step, length = (
+                        length // size_of(b_like),
+                        b_columns,
+                        deep * size_of(b_like) if length > 0 else 0,
+                    )
                 for r0 in range(0, rows, ROWS):
                     ahead, ahead_step = left, 0
                     if j_next < length:
@@ -150,39 +165,58 @@ def _gemm(room, a, a_rows, a_columns, b, b_rows, b_columns, out, out_rows, m, n,
                         i_next += fetched
                         if i_next >= lines:
                             i_next, j_next = 0, j_next + AHEAD * LINE
-                    place, step = out + (m0 + r0) * out_rows + n0 * size, out_rows
-                    whole = r0 + ROWS <= rows and columns == width
+                    place, step = y + (m0 + r0) * y_rows + n0 * size, y_rows
+                    whole = r0 + ROWS <= rows and columns == width and not (ends and k0 == 0)
                     to, to_step, to_add = (place, step, adds) if whole else (edge, width * size, False)
-                    multiply_tile(zero, left + r0 * steps * size, right, steps, to, to_step, to_add, ahead, ahead_step)
-                    if not whole:
-                        for i in range(min(ROWS, rows - r0)):
+                    multiply_tile(panel, left + r0 * steps * size, right, steps, to, to_step, to_add, ahead, ahead_step)
+                    there = min(ROWS, rows - r0)
+                    if not whole and (adds or not ends):
+                        for i in range(there):
                             for j in range(columns):
                                 x, p = get(zero, edge + (i * width + j) * size), place + i * step + j * size
                                 put(p, get(zero, p) + x if adds else x)
+                    if ends:
+                        if k0 > 0:
+                            to, to_step = place, step
+                        for i in range(there):
+                            target = out + (m0 + r0 + i) * out_rows + n0 * size_of(half)
+                            move(row_at(zero, to + i * to_step, columns), row_at(half, target, columns), zero)
 
 
-_kernel = kept(_gemm, __file__, _gemm_tile.__file__)
+_kernel = kept(_gemm, __file__, _gemm_tile.__file__, _simd.__file__)
+_NO_SUMS = np.empty((0, 0), np.float32)
 PANELS = BLOCK + DEEP * VECTORS * LINE + ROWS * VECTORS * LINE
 """Bytes of scratch: a block of `a`, a panel of `b`, and a tile that reaches beyond the result."""
 
 
-def gemm(a: Any, b: Any, out: Any, add: bool = False) -> None:
-    """``out = a·b`` or ``out += a·b`` for arrays of any layout, all of float32 or all of float64.
+def takes(dtype: Any, acc: Any) -> bool:
+    """Tell whether `gemm` takes arrays of a dtype in the arithmetic of another."""
+    return dtype == acc or (acc == np.float32 and bits_of(dtype) is not None)
 
-    The inner axis is not empty, and `out` overlaps neither operand. It is written in place where numbers of a row or of a column
-    are neighbours.
+
+def gemm(a: Any, b: Any, out: Any, add: bool = False) -> None:
+    """``out = a·b`` or ``out += a·b`` for arrays of any layout, in the arithmetic of float32 or, if all are of it, float64.
+
+    Each array may be of 16 bit as well; an `out` of 16 bit is rounded once, and not added to. The inner axis is not empty, and
+    `out` overlaps neither operand. It is written in place where numbers of a row or of a column are neighbours.
     """
-    dtype = out.dtype
-    if out.strides[1] != dtype.itemsize:
+    if out.strides[1] != out.itemsize:
         a, b, out = b.T, a.T, out.T
     target = out
-    if out.strides[1] != dtype.itemsize or not out.flags.aligned:
-        target, add_to, add = MEMORY.allocate(np.empty, out.shape, dtype), add, False
+    if out.strides[1] != out.itemsize or not out.flags.aligned:
+        target, add_to, add = MEMORY.allocate(np.empty, out.shape, out.dtype), add, False
     a, b = (x if x.flags.aligned else MEMORY.allocate(x.copy) for x in (a, b))
     (m, k), n = a.shape, b.shape[1]
+    acc = np.dtype(np.float64 if out.itemsize == 8 else np.float32)
+    likes = [(bits_of(x.dtype) or x.dtype).type(0) for x in (a, b, out)]
+    half = min(reversed(likes), key=lambda like: like.itemsize)  # of the result where it is of 16 bit
+    pairs = PAIRS and type(likes[0]) is type(likes[1]) is np.int16
+    rounds = out.itemsize == 2
+    sums = MEMORY.allocate(np.empty, (m, n), acc) if rounds and k > DEEP else _NO_SUMS
     _kernel(
-        scratch(PANELS // dtype.itemsize, dtype), a.ctypes.data, *a.strides, b.ctypes.data, *b.strides,
-        target.ctypes.data, target.strides[0], m, n, k, add,
+        scratch(PANELS // acc.itemsize, acc), np.int32(0) if pairs else acc.type(0), half,
+        likes[0], a.ctypes.data, *a.strides, likes[1], b.ctypes.data, *b.strides, target.ctypes.data, target.strides[0],
+        sums.ctypes.data, sums.strides[0], rounds, m, n, k, add,
     )  # fmt: skip
     if target is not out:
         np.add(out, target, out=out) if add_to else np.copyto(out, target)

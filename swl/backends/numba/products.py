@@ -18,7 +18,7 @@ from swl.backends.host.blas import matmul, one_thread_each
 from swl.backends.host.memory import MEMORY
 from swl.backends.host.threads import PIECES, POOL
 from swl.backends.numba import gemm as _gemm
-from swl.backends.numba.gemm import gemm
+from swl.backends.numba.gemm import gemm, takes
 from swl.backends.numba.gemm_tile import LINE, ROWS, VECTORS
 from swl.backends.numba.halves import round_into, widened
 
@@ -56,12 +56,16 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
             out += bias
         return
     columns_first = out.strides[0] == out.itemsize < out.strides[1]  # the gradient of weights stored as (C, D)
-    if same and large and columns_first and bias is None and _suits(n, m, k):
+    if large and columns_first and bias is None and _suits(n, m, k):
         product(b.T, a.T, out.T, add=add)
         return
+    acc = np.result_type(*(x.dtype if x.dtype in _ACC else np.float32 for x in (a, b)))
     compiled = large and _suits(m, n, k)
-    in_place = same and (compiled or not add)
-    if in_place and compiled:
+    direct = compiled and takes(a.dtype, acc) and takes(b.dtype, acc)
+    in_place = out.dtype == acc if direct else same and not add
+    if direct and takes(out.dtype, acc) and bias is None and not add:
+        in_place = True  # the kernel rounds, too
+    if direct:
         rows, columns = _grid(m, n, POOL.threads)
         high, wide = ROWS, LANES
     else:
@@ -77,10 +81,11 @@ def product(a: Any, b: Any, out: Any, bias: Any = None, add: int = 0) -> None:
     def tile(i: int, j: int) -> None:
         across, down = _part(m, rows, i, high), _part(n, columns, j, wide)
         new = MEMORY.allocate
-        left, right, here = _acc(a[across]), _acc(b[:, down]), out[across, down]
-        y = here if in_place else new(np.empty, here.shape, np.result_type(left, right))
+        left, right, here = a[across], b[:, down], out[across, down]
+        y = here if in_place else new(np.empty, here.shape, acc)
+        if not direct:
+            left, right = (new(_acc(x).astype, acc, copy=False) for x in (left, right))
         if compiled:
-            left, right = (new(x.astype, y.dtype, copy=False) for x in (left, right))
             gemm(left, right, y, add=in_place and add > 0)
         else:
             multiply(left, right, y)
