@@ -183,7 +183,7 @@ def _gemm(
                             move(row_at(zero, to + i * to_step, columns), row_at(half, target, columns), zero)
 
 
-_kernel = kept(_gemm, __file__, _gemm_tile.__file__, _simd.__file__)
+_kernel = kept(_gemm, __file__, _gemm_tile.__file__, *_simd.SOURCES)
 _NO_SUMS = np.empty((0, 0), np.float32)
 PANELS = BLOCK + DEEP * VECTORS * LINE + ROWS * VECTORS * LINE
 """Bytes of scratch: a block of `a`, a panel of `b`, and a tile that reaches beyond the result."""

@@ -25,7 +25,7 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
-from swl.backends.numba.simd import Row
+from swl.backends.numba.simd.views import Row
 
 ROWS, VECTORS = 8, 3
 """Rows of a tile, and registers of each: 24 of 32 hold the tile."""
