@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from swl.backends import active, available_backends, get, loaded, set_backend, use_backend
@@ -36,12 +34,13 @@ from swl.nn.sequential import Sequential
 from swl.ops import checks
 from swl.ops.chunks import Plan, plan
 from swl.ops.scores import accuracy, softmax
+from swl.typing import Array, ArrayLike, DTypeLike
 from swl.warmup import warmup
 
 __version__ = "0.1.0"
 
 
-def asarray(x: Any, dtype: Any = None) -> Any:
+def asarray(x: ArrayLike, dtype: DTypeLike | None = None) -> Array:
     """Bring `x` to the active backend, without a copy where it is there already."""
     checks.require_plain("x", x)
     backend = get(active())

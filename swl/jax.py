@@ -24,6 +24,7 @@ from swl.functional import (
 from swl.functional import linear_cross_entropy as _linear_cross_entropy
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.options import OptionKwargs, Options
+from swl.typing import Array, ArrayLike
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
@@ -37,7 +38,7 @@ class _Call(NamedTuple):
     arrays: tuple[str, ...]  # names of the arrays after the differentiable ones and the target
     inputs: int  # how many arguments are differentiable
 
-    def run(self, function: Any, *args: Any, dout: Any = None) -> Any:
+    def run(self, function: Any, *args: Any, dout: Array = None) -> Any:
         """Call a function of the library on NumPy arrays."""
         args = tuple(np.asarray(a) for a in args)
         inputs, target, rest = args[: self.inputs], args[self.inputs], args[self.inputs + 1 :]
@@ -52,7 +53,7 @@ class _Call(NamedTuple):
         return function(x, W, target, *b, **options)
 
 
-def cross_entropy(logits: Any, target: Any, **options: Unpack[OptionKwargs]) -> jax.Array:
+def cross_entropy(logits: ArrayLike, target: ArrayLike, **options: Unpack[OptionKwargs]) -> jax.Array:
     """Compute the softmax cross-entropy of logits against class ids or probabilities.
 
     Parameters
@@ -84,7 +85,13 @@ def cross_entropy(logits: Any, target: Any, **options: Unpack[OptionKwargs]) -> 
 
 
 def linear_cross_entropy(
-    x: Any, W: Any, target: Any, b: Any = None, *, memory_budget: int = DEFAULT_BUDGET, **options: Unpack[OptionKwargs]
+    x: ArrayLike,
+    W: ArrayLike,
+    target: ArrayLike,
+    b: ArrayLike | None = None,
+    *,
+    memory_budget: int = DEFAULT_BUDGET,
+    **options: Unpack[OptionKwargs],
 ) -> jax.Array:
     """Compute the cross-entropy of ``x·W + b`` without storing the logits.
 
@@ -124,7 +131,7 @@ def _call(inputs: int, options: OptionKwargs, more: dict[str, Any], *args: Any) 
         if options.get(name) is not None:
             raise TypeError(f"swl.jax takes no option {name!r}: it runs on the host, which always checks")
     Options.checked({k: v for k, v in options.items() if k not in _ARRAYS})  # type: ignore[arg-type]
-    given: dict[str, Any] = dict(options)
+    given: dict[str, Array] = dict(options)
     arrays = {name: jnp.asarray(given.pop(name)) for name in _ARRAYS if given.get(name) is not None}
     plain = {name: value for name, value in given.items() if name not in _ARRAYS} | more
     call = _Call(tuple(sorted(plain.items())), tuple(arrays), inputs)
@@ -134,13 +141,13 @@ def _call(inputs: int, options: OptionKwargs, more: dict[str, Any], *args: Any) 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _constant(name: str, a: Any) -> Any:
+def _constant(name: str, a: Any) -> Array:
     """Return an array whose gradient must not be asked for."""
     return a
 
 
 @_constant.defjvp
-def _no_gradient(name: str, primals: Any, tangents: Any) -> Any:
+def _no_gradient(name: str, primals: Any, tangents: Any) -> Array:
     if jnp.issubdtype(primals[0].dtype, jnp.floating):
         raise NotImplementedError(f"the gradient with respect to {name} is not computed; use jax.lax.stop_gradient")
     return primals[0], tangents[0]
@@ -160,7 +167,7 @@ def _vary_alike(*args: Any) -> tuple[Any, ...]:
     return tuple(_vary(a, every - _manual_axes(a)) for a in args)
 
 
-def _vary(a: Any, axes: frozenset[str]) -> Any:
+def _vary(a: Any, axes: frozenset[str]) -> Array:
     if not axes:
         return a
     names = tuple(sorted(axes))
@@ -174,26 +181,26 @@ def _result(call: _Call, *args: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leading, dtype)
 
 
-def _at_host(function: Any, result: Any, *args: Any) -> Any:
+def _at_host(function: Any, result: Any, *args: Any) -> Array:
     axes = frozenset[str]().union(*map(_manual_axes, args))
     found = jax.pure_callback(function, result, *args, vmap_method="sequential")
     return jax.tree.map(lambda a: _vary(a, axes - _manual_axes(a)), found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(call: _Call, *args: Any) -> Any:
+def _loss(call: _Call, *args: Any) -> Array:
     function = _cross_entropy if call.inputs == 1 else _linear_cross_entropy
     return _at_host(functools.partial(call.run, function), _result(call, *args), *args)
 
 
-def _forward(call: _Call, *primals: Any) -> Any:
+def _forward(call: _Call, *primals: Any) -> Array:
     return _loss(call, *primals), primals
 
 
-def _backward(call: _Call, args: Any, dout: Any) -> Any:
+def _backward(call: _Call, args: Any, dout: Array) -> Array:
     """Compute the gradients in one sweep, which takes the upstream gradient as it is."""
 
-    def gradients(dout: Any, *args: Any) -> Any:
+    def gradients(dout: Array, *args: Any) -> Array:
         if call.inputs == 1:
             return (call.run(cross_entropy_value_and_grad, *args, dout=dout)[1],)
         return call.run(linear_cross_entropy_value_and_grad, *args, dout=dout)[1][: call.inputs]

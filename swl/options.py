@@ -9,39 +9,38 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
+from swl.typing import Array, ArrayLike, BackendName, Reduction
+
 __all__ = [
     "DEFAULTS",
     "NUMBERS",
     "ExtraKwargs",
     "OptionKwargs",
     "Options",
-    "Reduction",
     "require_magnitudes",
     "require_number",
     "shown",
 ]
 
-Reduction = Literal["mean", "sum", "none"]
-
 
 class ExtraKwargs(TypedDict, total=False):
     """The keyword arguments that torch's losses have not; see `Options` for their meaning."""
 
-    sample_weight: Any
+    sample_weight: ArrayLike
     z_loss: float
     softcap: float | None
     temperature: float
-    denominator: Any
+    denominator: ArrayLike
 
 
 class OptionKwargs(ExtraKwargs, total=False):
     """The keyword arguments that every loss of the library takes."""
 
-    weight: Any
+    weight: ArrayLike
     ignore_index: int
     reduction: Reduction
     label_smoothing: float
-    backend: str | None
+    backend: BackendName | None
     check: bool | None
 
 
@@ -69,7 +68,7 @@ class Options(NamedTuple):
     Numbers other than 0 must also be within `require_magnitudes` of the arithmetic's dtype.
     """
 
-    weight: Any = None
+    weight: ArrayLike | None = None
     """Class weights w, shape (C,): y_c is multiplied by w_c, and m = w_t in a row of class id t."""
     ignore_index: int = -100
     """Class id whose rows do not count: y = 0 and m = 0. It may lie outside [0, C)."""
@@ -77,7 +76,7 @@ class Options(NamedTuple):
     """``"none"``: each row's s·loss. ``"sum"``: their sum. ``"mean"``: their sum over Σ s·m of the rows that count."""
     label_smoothing: float = 0.0
     """ε in [0, 1): y_c becomes (1−ε)·y_c + ε/C, before class weights."""
-    sample_weight: Any = None
+    sample_weight: ArrayLike | None = None
     """Row weights s, shape (...)."""
     z_loss: float = 0.0
     """λ, at least 0: λ·m·lse² is added to each row's loss, with lse = log Σ_c exp z_c."""
@@ -85,14 +84,14 @@ class Options(NamedTuple):
     """κ above 0: z = κ·tanh(r/κ). None: z = r."""
     temperature: float = 1.0
     """τ above 0, which divides the logits before everything else: r = logits/τ."""
-    denominator: Any = None
+    denominator: ArrayLike | None = None
     """What ``"mean"`` divides by, in place of Σ s·m: a number above 0 or a 0-d array."""
-    backend: str | None = None
+    backend: BackendName | None = None
     """Name of the backend to use; None: the arrays decide."""
     check: bool | None = None
     """True: wait for a device and raise if a class id was out of range. A host always checks."""
 
-    def arrays(self) -> dict[str, Any]:
+    def arrays(self) -> dict[str, Array]:
         """Return the options that may be arrays, by name; None where not given."""
         return {name: getattr(self, name) for name in ("weight", "sample_weight", "denominator")}
 
@@ -169,7 +168,7 @@ def _magnitudes(acc: np.dtype[Any]) -> tuple[float, float]:
 _MAGNITUDES = {acc: _magnitudes(acc) for acc in (np.dtype(np.float32), np.dtype(np.float64))}
 
 
-def require_number(name: str, value: Any, legal: str, ok: Callable[[float], bool]) -> None:
+def require_number(name: str, value: object, legal: str, ok: Callable[[float], bool]) -> None:
     """Check an argument that is a number, which `ok` tells whether it is legal."""
     if isinstance(value, bool) or not isinstance(value, float | numbers.Real):
         raise TypeError(f"{name} must be a real number, {legal}, got {shown(value)} of type {type(value).__name__}")
@@ -181,10 +180,10 @@ def require_number(name: str, value: Any, legal: str, ok: Callable[[float], bool
         raise ValueError(f"{name} must be {legal}, got {shown(value)}")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Return the value as an error message shows it: not more than a line, and of an array only what it is."""
-    if getattr(value, "shape", ()):
-        return f"an array of shape {value.shape}"
+    if shape := getattr(value, "shape", ()):
+        return f"an array of shape {shape}"
     try:
         text = " ".join(repr(value).split())
     except ValueError:  # Python prints no integer of so many digits

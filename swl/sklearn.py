@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -17,6 +18,7 @@ from swl.ops.checks import require_integer, require_number
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.ops.linear_cross_entropy import linear_cross_entropy_value_and_grad
 from swl.ops.scores import softmax
+from swl.typing import Array, ArrayLike
 
 __all__ = ["LinearClassifier"]
 
@@ -71,7 +73,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         C: float = 1.0,
         *,
         fit_intercept: bool = True,
-        class_weight: Any = None,
+        class_weight: Mapping[Any, float] | str | None = None,
         tol: float = 1e-6,
         max_iter: int = 1000,
         memory_budget: int = DEFAULT_BUDGET,
@@ -83,7 +85,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.max_iter = max_iter
         self.memory_budget = memory_budget
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Find the weights.
 
         Parameters
@@ -124,7 +126,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             if self.fit_intercept:
                 b[used] = table[D]
 
-        def objective(parameters: Any) -> tuple[float, Any]:
+        def objective(parameters: Any) -> tuple[float, Array]:
             """Mean loss and penalty, and their gradient."""
             place(parameters)
             loss, (_, dW, db) = linear_cross_entropy_value_and_grad(
@@ -152,24 +154,24 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = np.array([found.nit], np.int32)
         return self
 
-    def decision_function(self, X: Any) -> Any:
+    def decision_function(self, X: ArrayLike) -> Array:
         """Compute the scores: shape (N, K), or (N,) of the second of two classes."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         scores = X @ self.coef_.T + self.intercept_
         return scores[:, 0] if len(self.classes_) == 2 else scores
 
-    def predict_proba(self, X: Any) -> Any:
+    def predict_proba(self, X: ArrayLike) -> Array:
         """Compute the probabilities of the classes, shape (N, K)."""
         scores = self.decision_function(X)
         return softmax(np.stack([np.zeros_like(scores), scores], axis=1) if scores.ndim == 1 else scores)
 
-    def predict_log_proba(self, X: Any) -> Any:
+    def predict_log_proba(self, X: ArrayLike) -> Array:
         """Compute their logarithms."""
         with np.errstate(divide="ignore"):
             return np.log(self.predict_proba(X))
 
-    def predict(self, X: Any) -> Any:
+    def predict(self, X: ArrayLike) -> Array:
         """Find the most probable class of each row, shape (N,)."""
         scores = self.decision_function(X)
         return self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]

@@ -15,10 +15,9 @@ import pytest
 from needs import GPU, IN_CI, TORCH
 
 import swl
-from swl.backends import Backend, get
+from swl.backends import Backend, get, registry
 from swl.backends.registry import _REGISTRY
 
-registry = importlib.import_module("swl.backends.registry")  # `swl.backends` is the function of that name
 HERE = Path(__file__).parent
 
 hypothesis.settings.register_profile(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import swl
 from swl.backends.registry import _REGISTRY
+from swl.typing import BackendName
 
 PACKAGE = Path(swl.__file__).parent
 LEVELS = [
-    ("errors", "options"),
+    ("errors", "options", "typing"),
     ("backends",),
     ("ops",),
     ("nn", "functional"),
@@ -66,7 +69,11 @@ def test_backends_know_only_each_others_module() -> None:
 
 
 def test_no_backends_name_stands_outside_the_registry() -> None:
-    allowed = {Path("cli/info.py")}  # packages whose versions are printed
+    allowed = {
+        Path("cli/info.py"),
+        Path("typing.py"),
+    }  # versions of packages are printed; type checkers want names spelled out
+    assert set(get_args(get_args(BackendName)[0])) == {*_REGISTRY, "auto"} - {"cupy-fake"}
     found = [
         f"{path}:{node.lineno} {node.value!r}"
         for path, tree in MODULES.items()
@@ -81,3 +88,70 @@ def test_dir_shows_what_users_import() -> None:
     public = [name for name in dir(swl) if not name.startswith("__")]
     assert public == sorted(swl.__all__)
     assert all(hasattr(swl, name) for name in public)
+
+
+ANY = {
+    "swl.check_gradients(kwargs)": "keyword arguments of whatever function is given",
+    "swl.distributed.Checkpoints.load(expect)": "anything that JSON can hold",
+    "swl.distributed.Checkpoints.load(return)": "likewise",
+    "swl.distributed.Checkpoints.save(extra)": "likewise",
+    "swl.distributed.Counted.Iallgatherv(return)": "a request of MPI's or of a transport's",
+    "swl.distributed.Counted.Ialltoallv(return)": "likewise",
+    "swl.sklearn.LinearClassifier.__init__(class_weight)": "a label is anything that can be hashed",
+}
+"""Where `Any` is all that can be said of an argument or result, and why."""
+
+
+def listed(tree: ast.Module) -> set[str]:
+    """Return the names in ``__all__``."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def definitions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """Find what the names of a module's ``__all__`` mean, there or in the modules that it takes them from."""
+    tree = MODULES[path]
+    names = listed(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in names:
+            yield node.name, node
+        elif isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} & names:
+            origin = Path(*(node.module or "").split(".")[1:])
+            found = dict(
+                definitions(next(p for p in (origin.with_suffix(".py"), origin / "__init__.py") if p in MODULES))
+            )
+            yield from ((name, found[name]) for name in names & found.keys() & {alias.name for alias in node.names})
+
+
+def signatures(name: str, node: ast.FunctionDef | ast.ClassDef) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Yield a function, or the public methods of a class."""
+    if isinstance(node, ast.FunctionDef):
+        yield name, node
+        return
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and (method.name == "__init__" or method.name[0] != "_"):
+            yield f"{name}.{method.name}", method
+
+
+def says_nothing(annotation: ast.expr | None) -> bool:
+    """Tell whether an argument or result is `Any`, or has it as an element."""
+    plain = "" if annotation is None else re.sub(r"np.dtype\[Any\]|Callable\[..., Any\]", "", ast.unparse(annotation))
+    return "Any" in re.findall(r"\w+", plain)
+
+
+def test_public_signatures_say_what_they_take() -> None:
+    """For arrays and the like `swl.typing` has names."""
+    found = {
+        f"{function}({argument.arg})"
+        for path in MODULES
+        if path.stem == "__init__" or path.parent == Path()
+        for name, node in definitions(path)
+        for function, tree in signatures(
+            ".".join(["swl", *path.with_suffix("").parts, name]).replace(".__init__", ""), node
+        )
+        for argument in [*ast.walk(tree.args), ast.arg("return", tree.returns)]
+        if isinstance(argument, ast.arg) and says_nothing(argument.annotation)
+    }
+    assert found == set(ANY)

@@ -11,6 +11,7 @@ import numpy as np
 from swl.backends import Backend, Rows
 from swl.backends.host.blas import matmul
 from swl.backends.protocol import IGNORED, Target, host_scope
+from swl.typing import Array, ArrayLike, DTypeLike, Stream
 
 
 def load() -> Backend:
@@ -18,7 +19,7 @@ def load() -> Backend:
     return NumpyBackend()
 
 
-def acc(x: Any) -> Any:
+def acc(x: Array) -> Array:
     """Bring an array to the dtype that arithmetic uses."""
     return x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
 
@@ -36,28 +37,28 @@ class NumpyBackend:
     name = "numpy"
     xp = np
 
-    def scope(self, stream: Any = None, /, **arrays: Any) -> AbstractContextManager[object]:
+    def scope(self, stream: Stream | None = None, /, **arrays: ArrayLike) -> AbstractContextManager[object]:
         if stream is not None:
             raise TypeError(f"stream is for arrays on a device, but this call is the host's (backend {self.name!r})")
         return host_scope()
 
-    def owns(self, x: Any) -> bool:
+    def owns(self, x: Array) -> bool:
         return type(x) is np.ndarray
 
-    def asarray(self, x: Any, dtype: Any = None) -> Any:
+    def asarray(self, x: ArrayLike, dtype: DTypeLike | None = None) -> Array:
         return np.asarray(x, dtype=dtype)
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return np.empty(shape, dtype)
 
     @_quiet
-    def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
+    def affine_forward(self, x: Array, W: Array, b: Array | None, out: Array) -> None:
         y = matmul(acc(x), acc(W))
         out[...] = y if b is None else y + acc(b)
 
     @_quiet
     def affine_backward(
-        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
+        self, dout: Array, x: Array, W: Array, dx: Array | None, dW: Array | None, db: Array | None, accumulate: int = 0
     ) -> None:
         dout = acc(dout)
         if dx is not None:
@@ -72,10 +73,12 @@ class NumpyBackend:
             sums = dout.sum(axis=0)
             db[...] = db + sums if accumulate else sums
 
-    def gradient_over(self, logits: Any, x: Any, W: Any) -> Any:
+    def gradient_over(self, logits: Array, x: Array, W: Array) -> Array:
         return logits
 
-    def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
+    def prepare_ids(
+        self, ids: Array, n_classes: int, ignore_index: int, weight: Array | None
+    ) -> tuple[Array, Array, Array]:
         ignored = ids == ignore_index
         bad = ~ignored & ((ids < 0) | (ids >= n_classes))
         if bad.any():
@@ -87,11 +90,11 @@ class NumpyBackend:
         return ids, m, float(m.sum(dtype=np.float64))
 
     @_quiet
-    def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+    def cross_entropy_forward(self, logits: Array, target: Target, stats: bool) -> Rows:
         parts = [self._forward(logits[a:b], target.rows(a, b), stats) for a, b in _cuts(logits)]
         return Rows(*(None if field[0] is None else np.concatenate(field) for field in zip(*parts, strict=True)))
 
-    def _forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+    def _forward(self, logits: Array, target: Target, stats: bool) -> Rows:
         z, _ = _final_logits(logits, target)
         q, y, m = _target_rows(z, target)
         M = z.max(axis=1, initial=-np.inf)
@@ -114,13 +117,13 @@ class NumpyBackend:
         return Rows(loss, M, S, d, A, S - _dot(p, u), log_prob, z.argmax(axis=1))
 
     @_quiet
-    def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+    def cross_entropy_backward(self, logits: Array, target: Target, rows: Rows, row_scale: Array, out: Array) -> None:
         for a, b in _cuts(logits):
             here = Rows(*(None if field is None else field[a:b] for field in rows))
             scale = row_scale if row_scale.size == 1 else row_scale[a:b]
             self._backward(logits[a:b], target.rows(a, b), here, scale, out[a:b])
 
-    def _backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+    def _backward(self, logits: Array, target: Target, rows: Rows, row_scale: Array, out: Array) -> None:
         z, slope = _final_logits(logits, target)
         _, y, m = _target_rows(z, target)
         M, S, A = rows.row_max, rows.log_sum, rows.mass
@@ -136,16 +139,18 @@ class NumpyBackend:
         out[...] = grad
 
     def cross_entropy_forward_backward(
-        self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool
+        self, logits: Array, target: Target, row_scale: Array, out: Array, stats: bool
     ) -> Rows:
         rows = self.cross_entropy_forward(logits, target, stats)
         self.cross_entropy_backward(logits, target, rows, row_scale, out)
         return rows
 
-    def plain_loss(self, logits: Any, target: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+    def plain_loss(
+        self, logits: Array, target: Array, ignore_index: int, out: Array | None
+    ) -> tuple[Array, float] | None:
         return None
 
-    def total(self, x: Any) -> Any:
+    def total(self, x: Array) -> Array:
         return x.sum(dtype=np.float64)
 
     def by_rows(self, work: Callable[[int, int], object], n_rows: int, row_size: int) -> None:
@@ -160,7 +165,7 @@ class NumpyBackend:
         return {"numpy": np.__version__}
 
 
-def _cuts(logits: Any) -> list[tuple[int, int]]:
+def _cuts(logits: Array) -> list[tuple[int, int]]:
     """Cut the rows so that the temporaries of a part stay small; an empty array is one part."""
     N, C = logits.shape
     step = max(1, _AT_ONCE // C)
@@ -170,14 +175,14 @@ def _cuts(logits: Any) -> list[tuple[int, int]]:
 _AT_ONCE = 1 << 22
 
 
-def raise_bad_id(ids: Any, row: int, n_classes: int, ignore_index: int) -> None:
+def raise_bad_id(ids: Array, row: int, n_classes: int, ignore_index: int) -> None:
     """Raise the ValueError that names row, value and range."""
     raise ValueError(
         f"target[{row}] is {int(ids[row])}; legal are class ids in [0, {n_classes}) and ignore_index={ignore_index}"
     )
 
 
-def _final_logits(logits: Any, target: Target) -> tuple[Any, Any | None]:
+def _final_logits(logits: Array, target: Target) -> tuple[Array, Array | None]:
     """Z = κ·tanh(r/κ) and ∂z/∂r = 1 − (z/κ)² of r = (logits + bias)/τ; without a softcap z = r and None.
 
     The slope is formed as 4e/(1 + e)², e = exp(−2|r|/κ), in float64: where z is near ±κ, the difference has no digits left.
@@ -194,7 +199,7 @@ def _final_logits(logits: Any, target: Target) -> tuple[Any, Any | None]:
     return cap * np.tanh(r / cap), 4 * e / (1 + e) ** 2
 
 
-def _target_rows(z: Any, target: Target) -> tuple[Any, Any, Any]:
+def _target_rows(z: Array, target: Target) -> tuple[Array, Array, Array]:
     """Q (N, C), the plain target; y (N, C), the target with all its options; m (N,)."""
     N, C = z.shape
     w = np.ones(C, z.dtype) if target.weight is None else target.weight
@@ -210,11 +215,11 @@ def _target_rows(z: Any, target: Target) -> tuple[Any, Any, Any]:
     return q, y, m
 
 
-def _mass(y: Any, target: Target) -> Any:
+def _mass(y: Array, target: Target) -> Array:
     """Sum A = Σ_c y_c, exactly 1 for class ids without weights."""
     return y.sum(axis=1, dtype=np.float64).astype(y.dtype)
 
 
-def _dot(y: Any, u: Any) -> Any:
+def _dot(y: Array, u: Any) -> Array:
     """Σ_c y_c·u_c, where a class without mass adds nothing even at u = −inf."""
     return np.multiply(y, u, where=y != 0, out=np.zeros_like(u)).sum(axis=1)

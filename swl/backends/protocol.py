@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from swl.typing import Array, ArrayLike, DTypeLike, Stream
 
 __all__ = ["IGNORED", "INVALID", "TF32", "Backend", "Rows", "Target", "host_scope", "joined"]
 
@@ -28,16 +30,16 @@ INVALID = -2
 class Target(NamedTuple):
     """What a kernel needs beside the logits. Arrays are the backend's own; see `swl.backends.Backend`."""
 
-    ids: Any = None  # (N,) int64, contiguous: class ids, IGNORED or INVALID; or None
-    probs: Any = None  # (N, C), any real dtype, any strides; None where ids is given
-    weight: Any = None  # w (C,), dtype acc, contiguous; None: 1
-    row_weight: Any = None  # m (N,), dtype acc, contiguous; None: 1 for a row that counts
+    ids: Array = None  # (N,) int64, contiguous: class ids, IGNORED or INVALID; or None
+    probs: Array = None  # (N, C), any real dtype, any strides; None where ids is given
+    weight: Array = None  # w (C,), dtype acc, contiguous; None: 1
+    row_weight: Array = None  # m (N,), dtype acc, contiguous; None: 1 for a row that counts
     hot: float = 1.0  # 1−ε
     rest: float = 0.0  # ε/C, C counting the classes of all shards
     softcap: float = 0.0  # κ of z = κ·tanh(r/κ); 0: off
     z_loss: float = 0.0  # λ
     temperature: float = 1.0  # τ of r = (logits + bias)/τ; `row_scale` has its 1/τ
-    bias: Any = None  # (C,), dtype acc, contiguous, added to the logits before all else; None: 0
+    bias: Array = None  # (C,), dtype acc, contiguous, added to the logits before all else; None: 0
     first_class: int = 0  # the class id of column 0; an id outside the columns hits none of them, but its row counts
 
     def rows(self, start: int, stop: int) -> Target:
@@ -64,35 +66,35 @@ class Rows(NamedTuple):
     The last three are None unless they were asked for.
     """
 
-    loss: Any  # A·S − d + λ·m·(M + S)², 0 for an ignored row
-    row_max: Any  # M = max_c z_c
-    log_sum: Any  # S = log Σ_c exp(z_c − M)
-    target_dot: Any  # d = Σ_c y_c·(z_c − M)
-    mass: Any  # A = Σ_c y_c
-    entropy: Any = None  # −Σ_c p_c·log p_c, in nats
-    log_prob: Any = None  # log p_t, or Σ_c q_c·log p_c; 0 for an ignored row
-    argmax: Any = None  # int64
+    loss: Array  # A·S − d + λ·m·(M + S)², 0 for an ignored row
+    row_max: Array  # M = max_c z_c
+    log_sum: Array  # S = log Σ_c exp(z_c − M)
+    target_dot: Array  # d = Σ_c y_c·(z_c − M)
+    mass: Array  # A = Σ_c y_c
+    entropy: Array = None  # −Σ_c p_c·log p_c, in nats
+    log_prob: Array = None  # log p_t, or Σ_c q_c·log p_c; 0 for an ignored row
+    argmax: Array = None  # int64
 
     def cut(self, start: int, stop: int) -> Rows:
         """Cut out the rows ``[start, stop)``."""
         return Rows(*(None if field is None else field[start:stop] for field in self))
 
     @classmethod
-    def joined(cls, xp: Any, parts: Sequence[Rows]) -> Rows:
+    def joined(cls, xp: ModuleType, parts: Sequence[Rows]) -> Rows:
         """Join parts that follow one another."""
         if len(parts) == 1:
             return parts[0]
         return cls(*(None if field[0] is None else joined(xp, field) for field in zip(*parts, strict=True)))
 
     @classmethod
-    def of_none(cls, xp: Any, acc: Any, stats: bool) -> Rows:
+    def of_none(cls, xp: ModuleType, acc: DTypeLike, stats: bool) -> Rows:
         """Make the rows of a loss that has none."""
         empty = xp.zeros(0, acc)
         extra = (empty, empty, xp.zeros(0, np.int64)) if stats else ()
         return cls(empty, empty, empty, empty, empty, *extra)
 
 
-def joined(xp: Any, parts: Sequence[Any], axis: int = 0) -> Any:
+def joined(xp: ModuleType, parts: Sequence[Array], axis: int = 0) -> Array:
     """Join arrays of one dtype along `axis`.
 
     CuPy's `concatenate` copies a table of addresses from the host, which a captured graph would find overwritten.
@@ -125,27 +127,27 @@ class Backend(Protocol):
     def xp(self) -> ModuleType:
         """The array library whose arrays the backend works on: numpy or cupy."""
 
-    def scope(self, stream: Any = None, /, **arrays: Any) -> AbstractContextManager[object]:
+    def scope(self, stream: Stream | None = None, /, **arrays: ArrayLike) -> AbstractContextManager[object]:
         """Within it, work goes to the device of `arrays`, and there to `stream` or else to the current stream.
 
         `arrays` may be of any library, on the host (they decide nothing), or no arrays at all. A device backend raises
         TypeError, naming both, for arrays on two devices; a host backend does for a stream.
         """
 
-    def owns(self, x: Any) -> bool:
+    def owns(self, x: Array) -> bool:
         """Tell whether `x` is an array of this backend, which `asarray` would return as it is."""
 
-    def asarray(self, x: Any, dtype: Any = None) -> Any:
+    def asarray(self, x: ArrayLike, dtype: DTypeLike | None = None) -> Array:
         """Bring `x` to this backend, without a copy where it is there already."""
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """Give an uninitialised C-ordered array for a result."""
 
-    def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
+    def affine_forward(self, x: Array, W: Array, b: Array | None, out: Array) -> None:
         """``out = x @ W + b`` for `x` (N, D), `W` (D, K), `b` (K,) or None, `out` (N, K)."""
 
     def affine_backward(
-        self, dout: Any, x: Any, W: Any, dx: Any | None, dW: Any | None, db: Any | None, accumulate: int = 0
+        self, dout: Array, x: Array, W: Array, dx: Array | None, dW: Array | None, db: Array | None, accumulate: int = 0
     ) -> None:
         """``dx = dout @ W.T``, ``dW = x.T @ dout``, ``db = Σ_n dout``: each into its array, or not at all if None.
 
@@ -153,7 +155,9 @@ class Backend(Protocol):
         much as it takes itself.
         """
 
-    def prepare_ids(self, ids: Any, n_classes: int, ignore_index: int, weight: Any | None) -> tuple[Any, Any, Any]:
+    def prepare_ids(
+        self, ids: Array, n_classes: int, ignore_index: int, weight: Array | None
+    ) -> tuple[Array, Array, Array]:
         """Check class ids of any integer dtype and bring them to the form of `Target.ids`.
 
         Returns the ids as int64, the row weights ``m_n`` (``w_{t_n}``, 0 for an ignored row; None if `weight` is None)
@@ -161,17 +165,17 @@ class Backend(Protocol):
         ``[0, n_classes)``; a device writes `INVALID`, row weight 0, and sets its error flag.
         """
 
-    def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+    def cross_entropy_forward(self, logits: Array, target: Target, stats: bool) -> Rows:
         """One sweep over the logits ``(N, C)``: the loss and what the backward sweep needs of each row."""
 
-    def gradient_over(self, logits: Any, x: Any, W: Any) -> Any:
+    def gradient_over(self, logits: Array, x: Array, W: Array) -> Array:
         """Give the array, over the memory of ``logits = x·W``, whose dtype the products of the logits' gradient take.
 
         Logits are rows without gaps. On a host this is `logits` itself. A device gives an array of the dtype of 16-bit `x` and
         `W`, each of its rows at the start of a row of the logits. The sweeps below take it for `out`.
         """
 
-    def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+    def cross_entropy_backward(self, logits: Array, target: Target, rows: Rows, row_scale: Array, out: Array) -> None:
         """Write ``out = row_scale·((A + 2λ·m·(M + S))·p − y)·∂z/∂r``; only `row_max`, `log_sum` and `mass` are read.
 
         `row_scale` has shape ``(N,)`` or ``(1,)`` and dtype ``acc``. `out` may be `logits` itself, or `gradient_over` it.
@@ -179,14 +183,16 @@ class Backend(Protocol):
         """
 
     def cross_entropy_forward_backward(
-        self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool
+        self, logits: Array, target: Target, row_scale: Array, out: Array, stats: bool
     ) -> Rows:
         """Both sweeps in one, bitwise equal to calling them in turn."""
 
-    def total(self, x: Any) -> Any:
+    def total(self, x: Array) -> Array:
         """Sum a vector, of dtype acc, in float64: a number on a host, a 0-d array on a device."""
 
-    def plain_loss(self, logits: Any, target: Any, ignore_index: int, out: Any | None) -> tuple[Any, float] | None:
+    def plain_loss(
+        self, logits: Array, target: Array, ignore_index: int, out: Array | None
+    ) -> tuple[Array, float] | None:
         """Compute Σ loss without options, how many rows count, and the mean's gradient into `out` unless None.
 
         All in one call, for problems so small that calls are what takes time, and to the same bits as the operations above.

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from importlib import metadata
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from swl.backends.protocol import Backend, host_scope
 from swl.errors import BackendUnavailable
+from swl.typing import Array, ArrayLike, BackendName
 
 __all__ = [
     "BackendInfo",
@@ -66,7 +67,7 @@ class BackendInfo(NamedTuple):
     """Why it is not usable here; empty if it is."""
 
 
-def scope(**arrays: Any) -> AbstractContextManager[object]:
+def scope(**arrays: Array) -> AbstractContextManager[object]:
     """Enter the `Backend.scope` of arrays of whatever backend; the first one decides which."""
     first = next(iter(arrays.values()))
     return host_scope() if type(first) is np.ndarray else resolve(None, {"array": first}).scope(**arrays)
@@ -171,7 +172,7 @@ def device() -> str:
     return _DEVICE
 
 
-def set_backend(name: str | None) -> None:
+def set_backend(name: BackendName | None) -> None:
     """Make `name` the active backend of the process; None returns to ``SWL_BACKEND``.
 
     Raises
@@ -189,7 +190,7 @@ def set_backend(name: str | None) -> None:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: BackendName) -> Iterator[None]:
     """Make `name` the active backend within a ``with`` block, for this thread or async task only.
 
     Examples
@@ -208,7 +209,7 @@ def use_backend(name: str) -> Iterator[None]:
         _in_context.reset(token)
 
 
-def _home(x: Any) -> tuple[str, str] | None:
+def _home(x: ArrayLike) -> tuple[str, str] | None:
     """Library and device of an array; None for lists, numbers and whatever else NumPy makes an array of."""
     if type(x) is np.ndarray:
         return "numpy", "host"
@@ -226,13 +227,13 @@ def _home(x: Any) -> tuple[str, str] | None:
     return None
 
 
-def on_device(x: Any) -> bool:
+def on_device(x: ArrayLike) -> bool:
     """Tell whether `x` is an array in a CUDA device's memory."""
     home = _home(x)
     return home is not None and home[1] != "host"
 
 
-def resolve(asked: str | None, arrays: dict[str, Any]) -> Backend:
+def resolve(asked: str | None, arrays: Mapping[str, ArrayLike]) -> Backend:
     """Choose the backend of one call: its arrays decide, then what was asked for, then the active backend.
 
     `arrays` maps argument names to values; None and plain Python values decide nothing. Host arrays go to a device only

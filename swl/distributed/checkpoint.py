@@ -24,7 +24,10 @@ import numpy as np
 
 from swl.backends import scope
 from swl.distributed.comm import Alone, Grid, agree, as_numpy, from_rank_0
+from swl.distributed.data import DataParallel
 from swl.errors import BackendUnavailable
+from swl.nn.optim import SGD, AdamW
+from swl.nn.sequential import Sequential
 from swl.ops.arrays import beside
 
 __all__ = ["Checkpoints", "write_whole"]
@@ -96,7 +99,9 @@ class Checkpoints:
     def __repr__(self) -> str:
         return f"Checkpoints({str(self.folder)!r}, keep={self.keep})"
 
-    def save(self, step: int, net: Any, optimizer: Any, extra: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self, step: int, net: Sequential | DataParallel, optimizer: SGD | AdamW, extra: Mapping[str, Any] | None = None
+    ) -> None:
         """Write a checkpoint; all ranks call it together, after the same step.
 
         Parameters
@@ -152,7 +157,7 @@ class Checkpoints:
         agree(world, "Checkpoints.save", write_manifest)
 
     def load(
-        self, net: Any, optimizer: Any, expect: Mapping[str, Any] | None = None
+        self, net: Sequential | DataParallel, optimizer: SGD | AdamW, expect: Mapping[str, Any] | None = None
     ) -> tuple[int, dict[str, Any]] | None:
         """Bring network and optimiser to the state of the last complete checkpoint that is whole.
 
@@ -236,7 +241,7 @@ def _checksum(state: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(said).encode())
 
 
-def _verified(path: Path, net: Any) -> dict[str, Any]:
+def _verified(path: Path, net: Sequential | DataParallel) -> dict[str, Any]:
     """Read the manifest of a checkpoint, and hold it and the files that are needed here against their checksums."""
     try:
         state: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
@@ -254,7 +259,7 @@ def _verified(path: Path, net: Any) -> dict[str, Any]:
     return state
 
 
-def _shards(state: Mapping[str, Any], net: Any) -> Iterator[dict[str, Any]]:
+def _shards(state: Mapping[str, Any], net: Sequential | DataParallel) -> Iterator[dict[str, Any]]:
     """Go through the files that have a part of what is here; their places are those of such parts alone."""
     places, parameters = _places(net), net.parameters()
     for shard in state["shards"]:
@@ -263,7 +268,7 @@ def _shards(state: Mapping[str, Any], net: Any) -> Iterator[dict[str, Any]]:
             yield {**shard, "places": wanted}
 
 
-def _read(path: Path, state: Mapping[str, Any], net: Any, optimizer: Any) -> None:
+def _read(path: Path, state: Mapping[str, Any], net: Sequential | DataParallel, optimizer: SGD | AdamW) -> None:
     """Bring network and optimiser to what a checkpoint says; everything is read and checked before anything is written."""
     places, parameters = _places(net), net.parameters()
     values: dict[str, Any] = {}
@@ -299,9 +304,9 @@ def _read(path: Path, state: Mapping[str, Any], net: Any, optimizer: Any) -> Non
             optimizer.state[name] = moments
 
 
-def _places(net: Any) -> dict[str, _Place]:
+def _places(net: Sequential | DataParallel) -> dict[str, _Place]:
     """Where the parameters here lie in the whole ones, by name."""
-    net = getattr(net, "net", net)
+    net = net.net if isinstance(net, DataParallel) else net
     sharded: dict[str, _Place] = {}
     for i, layer in enumerate(net.layers):
         if hasattr(layer, "shards"):
@@ -309,7 +314,7 @@ def _places(net: Any) -> dict[str, _Place]:
     return {name: sharded.get(name, _Place(None, 0, 0)) for name in net.parameters()}
 
 
-def _arrays(net: Any, optimizer: Any) -> dict[str, tuple[Any, _Place]]:
+def _arrays(net: Sequential | DataParallel, optimizer: SGD | AdamW) -> dict[str, tuple[Any, _Place]]:
     """Parameters ``p:NAME`` and the optimiser's moments ``0:NAME``, ``1:NAME``, with their places."""
     found = {}
     for name, place in _places(net).items():

@@ -24,6 +24,7 @@ from swl.backends.host.blas import control
 from swl.backends.host.threads import POOL
 from swl.distributed.watch import Watcher
 from swl.ops.arrays import to_numpy
+from swl.typing import Array, Comm
 
 __all__ = ["Alone", "Counted", "Grid", "agree", "in_blocks", "run", "sum_in_order"]
 
@@ -42,7 +43,7 @@ class Grid(NamedTuple):
     """Communicator of all of them."""
 
     @classmethod
-    def of(cls, comm: Any, class_parallel: int) -> Grid:
+    def of(cls, comm: Comm, class_parallel: int) -> Grid:
         """Arrange the ranks of `comm`, neighbours in the same row.
 
         Parameters
@@ -76,7 +77,7 @@ class Counted:
         Bytes, and collectives. Of a broadcast the root counts the bytes once.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Comm) -> None:
         self.comm, self.rank, self.size = comm, comm.rank, comm.size
         self.sent = self.calls = 0
 
@@ -84,36 +85,36 @@ class Counted:
         self.sent += n_bytes
         self.calls += 1
 
-    def Allgather(self, send: Any, recv: Any) -> None:  # noqa: N802 - mpi4py's names
+    def Allgather(self, send: Array, recv: Array) -> None:  # noqa: N802 - mpi4py's names
         """Count what goes to every other rank."""
         self._count(send.nbytes * (self.size - 1))
         self.comm.Allgather(send, recv)
 
-    def Allgatherv(self, send: Any, recv: Any) -> None:  # noqa: N802
+    def Allgatherv(self, send: Array, recv: Array) -> None:  # noqa: N802
         """Count what goes to every other rank."""
         buffer, (counts, _) = recv
         self._count(int(counts[self.rank]) * buffer.itemsize * (self.size - 1))
         self.comm.Allgatherv(send, recv)
 
-    def Alltoallv(self, send: Any, recv: Any) -> None:  # noqa: N802
+    def Alltoallv(self, send: Array, recv: Array) -> None:  # noqa: N802
         """Count all blocks but this rank's own."""
         buffer, (counts, _) = send
         self._count((sum(map(int, counts)) - int(counts[self.rank])) * buffer.itemsize)
         self.comm.Alltoallv(send, recv)
 
-    def Ialltoallv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+    def Ialltoallv(self, send: Array, recv: Array) -> Any:  # noqa: N802
         """Count as `Alltoallv`."""
         buffer, (counts, _) = send
         self._count((sum(map(int, counts)) - int(counts[self.rank])) * buffer.itemsize)
         return self.comm.Ialltoallv(send, recv)
 
-    def Iallgatherv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+    def Iallgatherv(self, send: Array, recv: Array) -> Any:  # noqa: N802
         """Count as `Allgatherv`."""
         buffer, (counts, _) = recv
         self._count(int(counts[self.rank]) * buffer.itemsize * (self.size - 1))
         return self.comm.Iallgatherv(send, recv)
 
-    def Bcast(self, buffer: Any, root: int) -> None:  # noqa: N802
+    def Bcast(self, buffer: Array, root: int) -> None:  # noqa: N802
         """Count on the root."""
         self._count(buffer.nbytes if self.rank == root else 0)
         self.comm.Bcast(buffer, root)
@@ -131,7 +132,7 @@ class Alone:
 
     rank, size = 0, 1
 
-    def Allgather(self, send: Any, recv: Any) -> None:  # noqa: N802 - mpi4py's name
+    def Allgather(self, send: Array, recv: Array) -> None:  # noqa: N802 - mpi4py's name
         """Copy what this process has to where that of all of them is expected."""
         np.asarray(recv).reshape(-1)[...] = np.asarray(send).reshape(-1)
 
@@ -150,7 +151,7 @@ def in_blocks(n: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def exchange(comm: Any, xp: Any, rows: Any, work: Callable[[Any], Any]) -> Any:
+def exchange(comm: Comm, xp: Any, rows: Array, work: Callable[[Array], Array]) -> Any:
     """Share out the last axis, let each rank `work` on its part of all ranks' arrays, and gather the results.
 
     Parameters
@@ -186,7 +187,7 @@ def block_layout(counts: Any) -> tuple[Any, Any]:
     return counts, np.concatenate(([0], np.cumsum(counts)[:-1]))
 
 
-def sum_in_order(comm: Any, xp: Any, x: Any) -> None:
+def sum_in_order(comm: Comm, xp: Any, x: Array) -> None:
     """Replace a contiguous array by its sum over the ranks, formed in their order, a block at a time.
 
     The result is bitwise the same on all ranks. Extra memory is `BLOCK` bytes. `comm` and `xp` are as for `exchange`.
@@ -205,19 +206,19 @@ def sum_in_order(comm: Any, xp: Any, x: Any) -> None:
         comm.Allgatherv(ordered_sum(recv), [block, block_layout(sizes)])
 
 
-def gather_values(comm: Any, xp: Any, value: Any) -> Any:
+def gather_values(comm: Comm, xp: Any, value: Any) -> Any:
     """Gather one number of each rank, a 0-d array of the device: shape (P,), float64."""
     found = xp.empty(comm.size, np.float64)
     comm.Allgatherv(xp.asarray(value, np.float64).reshape(1), [found, block_layout(np.ones(comm.size, int))])
     return found
 
 
-def as_numpy(x: Any) -> Any:
+def as_numpy(x: Array) -> Array:
     """Give a NumPy array: the same one, or a copy of a device array."""
     return x if isinstance(x, np.ndarray) else to_numpy(x)
 
 
-def ordered_sum(parts: Any) -> Any:
+def ordered_sum(parts: Any) -> Array:
     """``((parts[0] + parts[1]) + parts[2]) + …``, in the memory of the first."""
     total = parts[0]
     for part in parts[1:]:
@@ -225,7 +226,7 @@ def ordered_sum(parts: Any) -> Any:
     return total
 
 
-def gather_numbers(comm: Any, *numbers: float) -> Any:
+def gather_numbers(comm: Comm, *numbers: float) -> Any:
     """Gather a few float64 of each rank: shape (P, len(numbers))."""
     found = np.empty((comm.size, len(numbers)))
     comm.Allgather(np.array(numbers, dtype=np.float64), found)
@@ -235,7 +236,7 @@ def gather_numbers(comm: Any, *numbers: float) -> Any:
 # ------------------------------------------------------------------------------------------------ agreement
 
 
-def agree(comm: Any, what: str, describe: Callable[[], str]) -> None:
+def agree(comm: Comm, what: str, describe: Callable[[], str]) -> None:
     """Make sure that all ranks are about to do the same, before anything large is exchanged; 17 bytes per rank.
 
     Parameters
@@ -275,7 +276,7 @@ def agree(comm: Any, what: str, describe: Callable[[], str]) -> None:
     raise ValueError(f"{what}: ranks disagree. Rank 0 has {texts[0]}; rank {other} has {texts[other]}")
 
 
-def from_rank_0(comm: Any, make: Callable[[], Any]) -> Any:
+def from_rank_0(comm: Comm, make: Callable[[], Any]) -> Any:
     """Let rank 0 make something that can be pickled, and give it to all ranks; what it raises is raised on all."""
     made, error = None, None
     if comm.rank == 0:
@@ -293,7 +294,7 @@ def from_rank_0(comm: Any, make: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def run() -> Iterator[Any]:
+def run() -> Iterator[Comm]:
     """Give the communicator of all ranks; what is raised within the block on one rank ends all of them.
 
     A message names the rank and the cause, and ``MPI_Abort`` then ends the job, because the other ranks may wait for

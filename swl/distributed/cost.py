@@ -23,6 +23,7 @@ import numpy as np
 from swl.distributed.comm import BLOCK, gather_numbers, sum_in_order
 from swl.distributed.head import ClassParallelHead
 from swl.ops.chunks import DEFAULT_BUDGET, plan
+from swl.typing import Comm
 
 __all__ = ["DEVICES", "Machine", "Measured", "Step", "agreement_bytes", "calibrate", "measure", "step_bytes"]
 
@@ -167,7 +168,7 @@ class Measured(NamedTuple):
     """The largest peak over the ranks, above what was there before W; 0 where the system does not tell."""
 
 
-def measure(comm: Any, step: Step, repeats: int = 7) -> Measured:
+def measure(comm: Comm, step: Step, repeats: int = 7) -> Measured:
     """Run a step with all ranks of `comm` sharing the classes; random inputs.
 
     Parameters
@@ -192,7 +193,7 @@ def measure(comm: Any, step: Step, repeats: int = 7) -> Measured:
     return Measured(seconds, int(gather_numbers(comm, peak).max()) if before else 0)
 
 
-def calibrate(comm: Any) -> Machine:
+def calibrate(comm: Comm) -> Machine:
     """Measure the constants of the model on the ranks of `comm`, all working at once; takes a few seconds."""
     rows, classes = 256, 16384  # logits of 16 MiB: beyond the caches, as those of a step that is worth spreading
     times = {}
@@ -216,14 +217,14 @@ def calibrate(comm: Any) -> Machine:
     return Machine(float(flops), float(logits), float(bandwidth), float(latency))
 
 
-def _slowest(comm: Any, work: Callable[[], object]) -> float:
+def _slowest(comm: Comm, work: Callable[[], object]) -> float:
     gather_numbers(comm, 0.0)  # all begin together
     begin = time.perf_counter()
     work()
     return float(gather_numbers(comm, time.perf_counter() - begin).max())
 
 
-def _best(comm: Any, work: Callable[[], object], repeats: int = 7) -> float:
+def _best(comm: Comm, work: Callable[[], object], repeats: int = 7) -> float:
     return min(_slowest(comm, work) for _ in range(repeats))
 
 

@@ -27,6 +27,7 @@ from swl.distributed.transport import over
 from swl.nn.base import Layer, LossLayer, bring
 from swl.nn.sequential import Sequential, leaves
 from swl.ops.checks import acc_dtype
+from swl.typing import Array, ArrayLike, Comm
 
 __all__ = ["DataParallel"]
 
@@ -69,7 +70,7 @@ class DataParallel(Layer):
 
     is_loss = True
 
-    def __init__(self, net: Any, comm: Any, *, bucket: int = BUCKET, check_every: int = 100) -> None:
+    def __init__(self, net: Sequential, comm: Comm, *, bucket: int = BUCKET, check_every: int = 100) -> None:
         self.net, self.comm, self.bucket, self.check_every = net, comm, bucket, check_every
         self.steps = 0
 
@@ -96,7 +97,7 @@ class DataParallel(Layer):
     def _scope(self) -> AbstractContextManager[object]:
         return self._backend.scope(**dict(list(self.net.parameters().items())[:1]))
 
-    def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
+    def forward_backward(self, x: ArrayLike, t: ArrayLike, dout: ArrayLike = 1) -> tuple[Array, Array]:
         """Compute the loss of all ranks' rows, and leave its gradients on the layers.
 
         Parameters
@@ -152,7 +153,7 @@ class DataParallel(Layer):
                     leaf._publish()
         return loss, dx
 
-    def _total(self, number: Any) -> Any:
+    def _total(self, number: Any) -> Array:
         """Add up a number over the ranks, in their order: a float, or of a device, which nobody waits for, a 0-d array."""
         xp = self._backend.xp
         if xp is np:
@@ -179,22 +180,22 @@ class DataParallel(Layer):
                 f"{name!r}, by step {self.steps}"
             )
 
-    def predict(self, x: Any) -> Any:
+    def predict(self, x: ArrayLike) -> Array:
         """Compute the scores of the rows here."""
         return self.net.predict(x)
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Array]:
         """Give the parameters of the network: the very arrays."""
         found: dict[str, Any] = self.net.parameters()
         return found
 
-    def gradients(self) -> dict[str, Any]:
+    def gradients(self) -> dict[str, Array]:
         """Give the gradients of the last step, of the rows of all ranks."""
         found: dict[str, Any] = self.net.gradients()
         return found
 
     @property
-    def grads(self) -> list[Any]:
+    def grads(self) -> list[Array]:
         """The gradients of the network, of the rows of all ranks, in arrays that each step overwrites."""
         found: list[Any] = self.net.grads
         return found
@@ -213,7 +214,7 @@ def _share(xp: Any, part: Any, total: Any) -> Any:
 class _Buckets:
     """Gradients on their way: a bucket is sent as soon as it is full, and added up at the end, in order."""
 
-    def __init__(self, comm: Any, xp: Any, size: int) -> None:
+    def __init__(self, comm: Comm, xp: Any, size: int) -> None:
         self.comm, self.xp, self.size = comm, xp, size
         self.waiting: list[Any] = []
         self.under_way: list[tuple[Any, Any, Any, list[Any]]] = []

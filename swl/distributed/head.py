@@ -23,11 +23,18 @@ from swl.ops.chunks import DEFAULT_BUDGET, cuts, plan
 from swl.ops.loss import Problem
 from swl.ops.topk import Best
 from swl.options import OptionKwargs, Options
+from swl.typing import Array, ArrayLike, Comm, DTypeLike, Results
 
 __all__ = ["ClassParallelHead"]
 
 DRAWN_TOGETHER = 1024
 """Classes whose initial weights are drawn from one seed, so that they do not depend on the number of ranks."""
+
+
+class HeadKwargs(OptionKwargs, total=False):
+    """What a head takes beside its parameters."""
+
+    memory_budget: int
 
 
 class ClassParallelHead(LossLayer):
@@ -80,7 +87,13 @@ class ClassParallelHead(LossLayer):
     names = ("W", "b")
 
     def __init__(
-        self, comm: Any, W: Any, b: Any = None, *, memory_budget: int = DEFAULT_BUDGET, **options: Unpack[OptionKwargs]
+        self,
+        comm: Comm,
+        W: ArrayLike,
+        b: ArrayLike | None = None,
+        *,
+        memory_budget: int = DEFAULT_BUDGET,
+        **options: Unpack[OptionKwargs],
     ) -> None:
         self.comm, self.memory_budget = comm, memory_budget
 
@@ -105,15 +118,23 @@ class ClassParallelHead(LossLayer):
         self.C, self.first = self._classes.total, self._classes.first
         if self.C == 0:
             raise ValueError("ClassParallelHead needs at least one class on one of the ranks")
-        self.dW: Any = None
-        self.db: Any = None
-        self._weight: Any = None
+        self.dW: Array = None
+        self.db: Array = None
+        self._weight: Array = None
         if self.options.weight is not None:
             agree(comm, "weight of ClassParallelHead", self._place_weight)
 
     @classmethod
     def init(
-        cls, comm: Any, D: int, C: int, *, rng: int = 0, dtype: Any = np.float32, bias: bool = True, **keywords: Any
+        cls,
+        comm: Comm,
+        D: int,
+        C: int,
+        *,
+        rng: int = 0,
+        dtype: DTypeLike = np.float32,
+        bias: bool = True,
+        **keywords: Unpack[HeadKwargs],
     ) -> ClassParallelHead:
         """Draw this rank's share of ``W ~ N(0, 2/D)``, C/P classes or one more, and set ``b = 0``, on the active backend.
 
@@ -146,7 +167,9 @@ class ClassParallelHead(LossLayer):
         return cls(comm, backend.asarray(W), b, **keywords)
 
     @classmethod
-    def of(cls, comm: Any, W: Any, b: Any = None, **keywords: Any) -> ClassParallelHead:
+    def of(
+        cls, comm: Comm, W: ArrayLike, b: ArrayLike | None = None, **keywords: Unpack[HeadKwargs]
+    ) -> ClassParallelHead:
         """Take this rank's share of the parameters of a whole head, ``W (D, C)`` and ``b (C,)``, as copies."""
         first, stop = in_blocks(W.shape[1], comm.size)[comm.rank]
         return cls(comm, W[:, first:stop].copy(), None if b is None else b[first:stop].copy(), **keywords)
@@ -170,7 +193,7 @@ class ClassParallelHead(LossLayer):
 
     # ------------------------------------------------------------------------------------------------ a step
 
-    def forward(self, x: Any, t: Any, *, stats: bool = False) -> Any:  # type: ignore[override]
+    def forward(self, x: ArrayLike, t: ArrayLike, *, stats: bool = False) -> Results:  # type: ignore[override]
         """Compute the loss and keep what `backward` needs.
 
         Parameters
@@ -191,7 +214,7 @@ class ClassParallelHead(LossLayer):
         loss = self._keep(done, t)
         return (loss, done.stats()) if stats else loss
 
-    def backward(self, dout: Any = 1) -> Any:
+    def backward(self, dout: ArrayLike = 1) -> Array:
         """Compute ``dx``, and leave ``dW`` and ``db`` of the classes here on the head.
 
         Parameters
@@ -209,13 +232,13 @@ class ClassParallelHead(LossLayer):
         """
         return super().backward(dout)
 
-    def forward_backward(self, x: Any, t: Any, dout: Any = 1, *, stats: bool = False) -> Any:
+    def forward_backward(self, x: ArrayLike, t: ArrayLike, dout: ArrayLike = 1, *, stats: bool = False) -> Results:
         """Compute loss and gradients, bitwise as `forward`, then `backward`: ``loss, dx``, and statistics if asked."""
         done, gradients = self.begin(x, t).forward_backward(dout, stats)
         loss, dx = self._keep(done, t), self._give(gradients)
         return (loss, dx, done.stats()) if stats else (loss, dx)
 
-    def begin(self, x: Any, t: Any) -> Problem:
+    def begin(self, x: ArrayLike, t: ArrayLike) -> Problem:
         """Check a batch on all ranks; its `denominator` is then known, and `finish` does the rest."""
         p: Problem | None = None
 
@@ -231,19 +254,19 @@ class ClassParallelHead(LossLayer):
             assert p is not None
             return share_row_weight(p)
 
-    def _give(self, gradients: Any) -> Any:
+    def _give(self, gradients: Array) -> Array:
         dx, self.dW, self.db = gradients
         self._publish()
         return dx
 
     # ------------------------------------------------------------------------------------------------ without a loss
 
-    def predict(self, x: Any) -> Any:
+    def predict(self, x: ArrayLike) -> Array:
         """Compute the scores of the classes here, shape (..., C_k); no other rank is asked."""
         with self._scope(x=x):
             return Operands.of(self._backend, bring(self._backend, "x", x), self.W).forward(self.b)
 
-    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+    def top_k(self, x: ArrayLike, k: int) -> tuple[Array, Array]:
         """Find the k classes of all ranks with the largest scores ``x·W + b``.
 
         Parameters
@@ -273,7 +296,7 @@ class ClassParallelHead(LossLayer):
             assert operands is not None
             scores, ids = self._local_top(operands, k)
 
-        def work(received: Any) -> Any:
+        def work(received: Any) -> Array:
             ranks, _, n = received.shape
             every = [part.transpose(2, 0, 1).reshape(n, ranks * k) for part in (received[:, :k], received[:, k:])]
             order = np.lexsort((every[1], -every[0]), axis=1)[:, :k]
@@ -286,7 +309,7 @@ class ClassParallelHead(LossLayer):
             np.ascontiguousarray(merged[:k].T).astype(acc).reshape(*leading, k),
         )
 
-    def accuracy(self, x: Any, t: Any, k: int = 1) -> float:
+    def accuracy(self, x: ArrayLike, t: ArrayLike, k: int = 1) -> float:
         """Compute the share of rows whose class is among the k largest scores; ids ``t (...)`` or rows ``(..., C)``."""
         ids = as_numpy(t)
         classes, _ = self.top_k(x, k)
@@ -294,7 +317,7 @@ class ClassParallelHead(LossLayer):
             ids = ids.argmax(axis=-1)
         return float((classes == ids[..., None]).any(axis=-1).mean())
 
-    def _local_top(self, operands: Operands, k: int) -> tuple[Any, Any]:
+    def _local_top(self, operands: Operands, k: int) -> tuple[Array, Array]:
         """Find scores and ids, float64 (N, k), of the best classes here; −inf and C for want of one."""
         (N, D), here, backend = operands.x2.shape, self.W.shape[1], self._backend
         scores, ids = np.full((N, k), -np.inf), np.full((N, k), float(self.C))
@@ -318,10 +341,10 @@ class ClassParallelHead(LossLayer):
         found = {"W": (1, self.first, self.C)}
         return found if self.b is None else {**found, "b": (0, self.first, self.C)}
 
-    def gather(self) -> tuple[Any, Any]:
+    def gather(self) -> tuple[Array, Array]:
         """Give the whole ``W (D, C)`` and ``b (C,)`` or None as NumPy arrays, on every rank."""
 
-        def whole(x: Any) -> Any:  # (n, C_k)
+        def whole(x: Array) -> Array:  # (n, C_k)
             n = x.shape[0]
             flat = np.empty(n * self.C, x.dtype)
             counts = n * np.array(self.sizes)

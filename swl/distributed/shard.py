@@ -31,6 +31,7 @@ from swl.ops.loss import Problem, problem
 from swl.ops.rows import combine, row_loss
 from swl.ops.targets import CheckedTarget, ChunkedProbabilities
 from swl.options import Options
+from swl.typing import Array, Comm
 
 __all__ = ["Classes", "Shard", "described", "share_row_weight"]
 
@@ -38,7 +39,7 @@ __all__ = ["Classes", "Shard", "described", "share_row_weight"]
 class Classes(NamedTuple):
     """How classes lie on the ranks, in their order."""
 
-    comm: Any
+    comm: Comm
     """The communicator of the ranks (`swl.distributed.comm`)."""
     transport: Any
     """The communicator by which arrays travel (`swl.distributed.transport`)."""
@@ -55,11 +56,11 @@ class Classes(NamedTuple):
         """The id of the first class of this rank."""
         return sum(self.sizes[: self.comm.rank])
 
-    def here(self, x: Any) -> Any:
+    def here(self, x: Array) -> Array:
         """Take this rank's part of the last axis of an array with one number per class of all ranks."""
         return x[..., self.first : self.first + self.sizes[self.comm.rank]]
 
-    def weight_here(self, backend: Backend, weight: Any) -> Any:
+    def weight_here(self, backend: Backend, weight: Array) -> Array:
         """Check class weights, of all classes or of those here, and take those here."""
         weight = checks.real_array(backend, "weight", weight)
         if weight.shape == (self.total,):
@@ -74,12 +75,12 @@ class Shard(NamedTuple):
 
     classes: Classes
     operands: Operands
-    b: Any
+    b: Array
     memory_budget: int
     needs: Collection[str] = ALL  # the gradients that are wanted
     add_up: bool = True  # False: dx is this rank's part of the sum, in the arithmetic's dtype
 
-    def problem(self, target: Any, options: Options, weight: Any) -> Problem:
+    def problem(self, target: Array, options: Options, weight: Array) -> Problem:
         """Check target and options against all classes; no other rank is asked. `weight` is that of the classes here."""
         backend, classes, leading = self.operands.backend, self.classes, self.operands.leading
         N, here, C = self.operands.x2.shape[0], self.operands.W.shape[1], classes.total
@@ -100,7 +101,7 @@ class Shard(NamedTuple):
         return p._replace(target=p.target._replace(first_class=classes.first, weight=weight))
 
     @property
-    def home(self) -> dict[str, Any]:
+    def home(self) -> dict[str, Array]:
         """Return the weights here."""
         return {"W": self.operands.W}
 
@@ -108,15 +109,15 @@ class Shard(NamedTuple):
         """Compute the rows of the loss."""
         return self._sweep(p, None, None, None, stats)
 
-    def forward_backward(self, p: Problem, dout: Any, stats: bool) -> tuple[Rows, Any]:
+    def forward_backward(self, p: Problem, dout: Array, stats: bool) -> tuple[Rows, Array]:
         """Compute rows and ``dx, dW, db``, None where not wanted."""
         return self._gradients(p, dout, None, stats)
 
-    def backward(self, p: Problem, dout: Any, rows: Rows) -> Any:
+    def backward(self, p: Problem, dout: Array, rows: Rows) -> Array:
         """Compute the gradients from the rows of an earlier `forward`; of other ranks only `dx` asks."""
         return self._gradients(p, dout, rows, False)[1]
 
-    def probabilities(self, p: Problem, rows: Rows) -> Any:
+    def probabilities(self, p: Problem, rows: Rows) -> Array:
         """Refuse: they are not formed."""
         raise NotImplementedError("the probabilities of a fused head are not formed")
 
@@ -125,7 +126,7 @@ class Shard(NamedTuple):
         N, D = self.operands.x2.shape
         return plan(N, D, max(self.classes.sizes), dtype=p.acc, memory_budget=self.memory_budget)
 
-    def _gradients(self, p: Problem, dout: Any, known: Rows | None, stats: bool) -> tuple[Rows, Any]:
+    def _gradients(self, p: Problem, dout: Array, known: Rows | None, stats: bool) -> tuple[Rows, Array]:
         backend, x, x2, W, _ = self.operands
         needs = [name for name in self.needs if name != "db" or self.b is not None]
         if not needs:
@@ -147,7 +148,7 @@ class Shard(NamedTuple):
             None if db is None else db.astype(self.b.dtype, copy=False),
         )
 
-    def _sweep(self, p: Problem, scale: Any, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
+    def _sweep(self, p: Problem, scale: Array, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
         x, W, cut, xp = self.operands.x2, self.operands.W, self._cut(p), p.backend.xp
         blocks = list(cuts(x.shape[0], cut.rows))
         across = self._across(p, iter(blocks), stats)
@@ -170,7 +171,7 @@ class Shard(NamedTuple):
         kind = checks.F64 if stats else p.acc  # float64 holds class ids below 2⁵³
         starts = [sum(sizes[:k]) for k in range(P)]
 
-        def packed(fields: list[Any]) -> Any:
+        def packed(fields: list[Any]) -> Array:
             return xp.stack([field.astype(kind, copy=False) for field in fields])
 
         def across(rows: Rows, _: Target, plain: Any) -> Rows:
@@ -180,7 +181,7 @@ class Shard(NamedTuple):
             target = p.target.rows(a, b)
             mine = target.rows(*in_blocks(b - a, P)[comm.rank])
 
-            def work(received: Any) -> Any:
+            def work(received: Any) -> Array:
                 parts = [_unpacked(part, p.acc) for part in received]
                 masses = [part[-1].astype(p.acc) if stats else None for part in received]
                 return packed(_fields(combine(xp, parts, mine, starts, masses), stats))
@@ -225,11 +226,11 @@ def share_row_weight(p: Problem) -> Problem:
     return p._replace(target=p.target._replace(row_weight=m))
 
 
-def _checksum(x: Any) -> str:
+def _checksum(x: Array) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(as_numpy(x)).data):08x}"
 
 
-def _fields(rows: Rows, stats: bool) -> list[Any]:
+def _fields(rows: Rows, stats: bool) -> list[Array]:
     """Choose what of a chunk's rows is sent."""
     fields = [rows.row_max, rows.log_sum, rows.target_dot, rows.mass]
     return [*fields, rows.entropy, rows.log_prob, rows.argmax] if stats else fields

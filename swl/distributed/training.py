@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from swl.backends import active, get
 from swl.distributed.comm import Grid, gather_numbers, in_blocks
 from swl.distributed.data import DataParallel
@@ -12,6 +10,8 @@ from swl.nn.affine import Affine
 from swl.nn.fused_head import AffineSoftmaxWithLoss
 from swl.nn.losses import SoftmaxWithLoss
 from swl.nn.sequential import Sequential
+from swl.ops.chunks import DEFAULT_BUDGET
+from swl.typing import Array, ArrayLike
 
 __all__ = ["accuracy", "collect", "rows_here", "spread"]
 
@@ -26,14 +26,14 @@ def spread(net: Sequential, grid: Grid) -> DataParallel:
     grid : Grid
     """
     *body, loss = net.layers
-    head, keywords = loss, {}
+    head, budget = loss, DEFAULT_BUDGET
     if isinstance(loss, AffineSoftmaxWithLoss):
-        keywords["memory_budget"] = loss.memory_budget
+        budget = loss.memory_budget
     elif isinstance(loss, SoftmaxWithLoss) and body and isinstance(body[-1], Affine):
         head = body.pop()
     else:
         raise TypeError(f"the head must be an AffineSoftmaxWithLoss, or Affine and SoftmaxWithLoss, got {net!r}")
-    shard = ClassParallelHead.of(grid.classes, head.W, head.b, **keywords, **loss.options._asdict())
+    shard = ClassParallelHead.of(grid.classes, head.W, head.b, memory_budget=budget, **loss.options._asdict())
     return DataParallel(Sequential(*body, shard), grid.data)
 
 
@@ -45,13 +45,13 @@ def collect(net: DataParallel) -> Sequential:
     return Sequential(*body, Affine(W, b), SoftmaxWithLoss(**head.options._asdict()))
 
 
-def rows_here(batch: Any, grid: Grid) -> Any:
+def rows_here(batch: Array, grid: Grid) -> Array:
     """Give this rank's share of a batch of rows."""
     start, stop = in_blocks(len(batch), grid.data.size)[grid.data.rank]
     return batch[start:stop]
 
 
-def accuracy(net: DataParallel, x: Any, t: Any, grid: Grid) -> float:
+def accuracy(net: DataParallel, x: ArrayLike, t: ArrayLike, grid: Grid) -> float:
     """Compute the share of rows whose largest score is at the class of the target, each rank on its share of the rows."""
     *body, head = net.net.layers
     x, t = rows_here(x, grid), rows_here(t, grid)

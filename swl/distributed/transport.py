@@ -20,6 +20,7 @@ import numpy as np
 from swl.backends import Backend, active, get
 from swl.distributed.comm import agree, from_rank_0
 from swl.errors import BackendUnavailable
+from swl.typing import Array, Comm
 
 __all__ = ["ThroughHost", "ThroughMpi", "ThroughNccl", "over", "own_device"]
 
@@ -27,7 +28,7 @@ SETTING = "SWL_TRANSPORT"
 LEGAL = ("auto", "host", "mpi", "nccl")
 
 
-def over(comm: Any, backend: Backend) -> Any:
+def over(comm: Comm, backend: Backend) -> Any:
     """Give the communicator by which arrays of a backend travel; all ranks call it together.
 
     Parameters
@@ -79,7 +80,7 @@ def over(comm: Any, backend: Backend) -> Any:
     return ThroughHost(comm, xp)
 
 
-def own_device(comm: Any) -> None:
+def own_device(comm: Comm) -> None:
     """Make a device of this rank's own the current one, if the active backend has devices: the k-th for the k-th rank here.
 
     Parameters
@@ -93,7 +94,7 @@ def own_device(comm: Any) -> None:
         xp.cuda.Device(here % xp.cuda.runtime.getDeviceCount()).use()
 
 
-def _require(comm: Any, reason: str) -> None:
+def _require(comm: Comm, reason: str) -> None:
     """Raise on all ranks what speaks against a transport on one."""
     for rank, found in enumerate(comm.allgather(reason)):
         if found:
@@ -124,22 +125,22 @@ def _why_not_mpi() -> str:
 class _Transport:
     """What the three share: a collective that waits is one that does not, waited for."""
 
-    def __init__(self, comm: Any, xp: Any) -> None:
+    def __init__(self, comm: Comm, xp: Any) -> None:
         self.comm, self.xp, self.rank, self.size = comm, xp, comm.rank, comm.size
 
-    def Ialltoallv(self, send: Any, recv: Any) -> Any:  # noqa: N802 - mpi4py's names
+    def Ialltoallv(self, send: Array, recv: Array) -> Any:  # noqa: N802 - mpi4py's names
         """Send a block to each rank and receive one from each; buffers as ``[array, (counts, offsets)]``."""
         raise NotImplementedError
 
-    def Iallgatherv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+    def Iallgatherv(self, send: Array, recv: Array) -> Any:  # noqa: N802
         """Send an array to all ranks, and receive theirs as ``[array, (counts, offsets)]``."""
         raise NotImplementedError
 
-    def Alltoallv(self, send: Any, recv: Any) -> None:  # noqa: N802
+    def Alltoallv(self, send: Array, recv: Array) -> None:  # noqa: N802
         """Do `Ialltoallv` to its end."""
         self.Ialltoallv(send, recv).Wait()
 
-    def Allgatherv(self, send: Any, recv: Any) -> None:  # noqa: N802
+    def Allgatherv(self, send: Array, recv: Array) -> None:  # noqa: N802
         """Do `Iallgatherv` to its end."""
         self.Iallgatherv(send, recv).Wait()
 
@@ -153,33 +154,33 @@ class ThroughHost(_Transport):
     The host waits for the device twice: until an array is here, and until what came is there.
     """
 
-    def Ialltoallv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+    def Ialltoallv(self, send: Array, recv: Array) -> Any:  # noqa: N802
         """Send a block to each rank and receive one from each."""
         (a, sizes), (b, layout) = send, recv
         here, there = self._copied(a), self._like(b)
         return _Request(self.comm.Ialltoallv([here, sizes], [there, layout]), lambda: self._return(there, b), here)
 
-    def Iallgatherv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+    def Iallgatherv(self, send: Array, recv: Array) -> Any:  # noqa: N802
         """Send an array to all ranks, and receive theirs."""
         b, layout = recv
         here, there = self._copied(send), self._like(b)
         return _Request(self.comm.Iallgatherv(here, [there, layout]), lambda: self._return(there, b), here)
 
-    def Bcast(self, x: Any, root: int) -> None:  # noqa: N802
+    def Bcast(self, x: Array, root: int) -> None:  # noqa: N802
         """Give all ranks the root's array."""
         there = self._copied(x)
         self.comm.Bcast(there, root)
         self._return(there, x)
 
-    def _like(self, x: Any) -> Any:
+    def _like(self, x: Array) -> Any:
         if not x.size:
             return np.empty(x.shape, x.dtype)
         return np.ndarray(x.shape, x.dtype, self.xp.cuda.alloc_pinned_memory(x.nbytes))
 
-    def _copied(self, x: Any) -> Any:
+    def _copied(self, x: Array) -> Any:
         return x.get(out=self._like(x)) if x.size else self._like(x)
 
-    def _return(self, there: Any, x: Any) -> None:
+    def _return(self, there: Any, x: Array) -> None:
         if x.size:
             x[...] = self.xp.asarray(there)
             self.xp.cuda.get_current_stream().synchronize()  # or others would get the memory that is still read
@@ -209,19 +210,19 @@ class ThroughMpi(_Transport):
     MPI returns when the data is there. All of them are blocking ones: Open MPI takes device memory in no others.
     """
 
-    def Ialltoallv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+    def Ialltoallv(self, send: Array, recv: Array) -> Any:  # noqa: N802
         """Send a block to each rank and receive one from each."""
         self._settle()
         self.comm.Alltoallv(send, recv)
         return _DONE
 
-    def Iallgatherv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+    def Iallgatherv(self, send: Array, recv: Array) -> Any:  # noqa: N802
         """Send an array to all ranks, and receive theirs."""
         self._settle()
         self.comm.Allgatherv(send, recv)
         return _DONE
 
-    def Bcast(self, x: Any, root: int) -> None:  # noqa: N802
+    def Bcast(self, x: Array, root: int) -> None:  # noqa: N802
         """Give all ranks the root's array."""
         self._settle()
         self.comm.Bcast(x, root)
@@ -243,12 +244,12 @@ class ThroughNccl(_Transport):
     nccl : cupy.cuda.nccl
     """
 
-    def __init__(self, comm: Any, xp: Any, nccl: Any) -> None:
+    def __init__(self, comm: Comm, xp: Any, nccl: Any) -> None:
         super().__init__(comm, xp)
         self.nccl = nccl
         self.group = nccl.NcclCommunicator(comm.size, from_rank_0(comm, nccl.get_unique_id), comm.rank)
 
-    def Ialltoallv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+    def Ialltoallv(self, send: Array, recv: Array) -> Any:  # noqa: N802
         """Send a block to each rank and receive one from each."""
         (a, outgoing), (b, incoming) = send, recv
         stream, kind = self.xp.cuda.get_current_stream().ptr, self.nccl.NCCL_UINT8
@@ -263,12 +264,12 @@ class ThroughNccl(_Transport):
             self.nccl.groupEnd()
         return _DONE
 
-    def Iallgatherv(self, send: Any, recv: Any) -> Any:  # noqa: N802
+    def Iallgatherv(self, send: Array, recv: Array) -> Any:  # noqa: N802
         """Send an array to all ranks, and receive theirs."""
         whole = np.full(self.size, send.size), np.zeros(self.size, int)  # the same block for everyone
         return self.Ialltoallv([send, whole], recv)
 
-    def Bcast(self, x: Any, root: int) -> None:  # noqa: N802
+    def Bcast(self, x: Array, root: int) -> None:  # noqa: N802
         """Give all ranks the root's array."""
         if x.size:
             stream = self.xp.cuda.get_current_stream().ptr

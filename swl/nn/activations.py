@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from swl.backends import resolve
 from swl.nn.base import Layer
 from swl.ops import checks
+from swl.typing import Array, ArrayLike
 
 __all__ = ["ReLU", "Relu", "Sigmoid"]
 
@@ -26,14 +25,14 @@ class ReLU(Layer):
     array([0., 7.])
     """
 
-    def _run(self, x: Any) -> tuple[Any, Any]:
+    def _run(self, x: Array) -> tuple[Array, Array]:
         backend = resolve(None, {"x": x})
         with backend.scope(x=x):
             x = checks.float_array(backend, "x", x)
             with np.errstate(invalid="ignore"):  # NumPy's bfloat16 warns of NaN
                 return backend.xp.maximum(x, x.dtype.type(0)), (backend, x.dtype, x <= 0)
 
-    def backward(self, dout: Any) -> Any:
+    def backward(self, dout: ArrayLike) -> Array:
         """Compute ``dx = dout·[x > 0]`` in a new array, exactly 0 where ``x <= 0`` whatever `dout` is there."""
         backend, dtype, mask = self._last_forward()
         with backend.scope(x=mask, dout=dout):
@@ -61,7 +60,7 @@ class Sigmoid(Layer):
     array([1., 0.])
     """
 
-    def _run(self, x: Any) -> tuple[Any, Any]:
+    def _run(self, x: Array) -> tuple[Array, Array]:
         backend = resolve(None, {"x": x})
         with backend.scope(x=x):
             x = checks.float_array(backend, "x", x)
@@ -70,7 +69,7 @@ class Sigmoid(Layer):
             y = xp.where(x < 0, e, acc.type(1)) / (1 + e)
             return y.astype(x.dtype, copy=False), (backend, x.dtype, e / (1 + e) ** 2)
 
-    def backward(self, dout: Any) -> Any:
+    def backward(self, dout: ArrayLike) -> Array:
         """Compute ``dx = dout·∂y/∂x`` in a new array."""
         backend, dtype, slope = self._last_forward()
         with backend.scope(x=slope, dout=dout):

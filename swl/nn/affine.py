@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from swl.backends import get
 from swl.nn.base import WithAffineParameters, bring
 from swl.ops.affine import Operands
 from swl.ops.checks import shown
+from swl.typing import Array, ArrayLike
 
 __all__ = ["Affine"]
 
@@ -59,13 +58,13 @@ class Affine(WithAffineParameters):
            [2., 2.]])
     """
 
-    def __init__(self, W: Any, b: Any = None, *, needs_dx: bool = True) -> None:
+    def __init__(self, W: ArrayLike, b: ArrayLike | None = None, *, needs_dx: bool = True) -> None:
         super().__init__(W, b)
         if not isinstance(needs_dx, bool | np.bool):
             raise TypeError(f"needs_dx must be True or False, got {shown(needs_dx)}")
         self.needs_dx = bool(needs_dx)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: ArrayLike) -> Array:
         """Compute ``y = x·W + b``.
 
         Parameters
@@ -80,13 +79,13 @@ class Affine(WithAffineParameters):
         y, self._saved = self._run(x)
         return y
 
-    def _run(self, x: Any) -> tuple[Any, Operands]:
+    def _run(self, x: Array) -> tuple[Array, Operands]:
         backend = get(self.backend)
         with backend.scope(W=self._W, x=x):
             done = Operands.of(backend, bring(backend, "x", x), self._W)
             return done.forward(self._b), done
 
-    def backward(self, dout: Any) -> Any:
+    def backward(self, dout: ArrayLike) -> Array:
         """Compute ``dx = dout·Wᵀ``, and leave ``dW = xᵀ·dout`` and ``db = Σ_n dout`` on the layer.
 
         Parameters

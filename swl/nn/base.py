@@ -13,11 +13,12 @@ from swl.ops import checks
 from swl.ops.arrays import beside, to_numpy
 from swl.ops.loss import Loss, Problem
 from swl.options import Options
+from swl.typing import Array, ArrayLike, DTypeLike, Seed
 
 __all__ = ["Layer", "LossLayer", "WithAffineParameters", "bring", "describe"]
 
 
-def bring(backend: Backend, name: str, x: Any) -> Any:
+def bring(backend: Backend, name: str, x: Array) -> Array:
     """Bring `x` to a layer's backend: host to device is a copy, device to host an error that says so."""
     if type(x) is np.ndarray and backend.xp is np:
         return x
@@ -26,7 +27,7 @@ def bring(backend: Backend, name: str, x: Any) -> Any:
     return checks.any_array(backend, name, x)
 
 
-def _as_stored(x: Any, p: Any) -> Any:
+def _as_stored(x: Array, p: Array) -> Array:
     """Undo what ``numpy.savez`` does to bfloat16, which it stores as two nameless bytes."""
     return x.view(p.dtype) if x.dtype.kind == "V" and x.dtype.itemsize == p.dtype.itemsize else x
 
@@ -53,24 +54,24 @@ class Layer:
         """Compute ``forward(*args)``."""
         return self.forward(*args)
 
-    def _run(self, x: Any) -> tuple[Any, Any]:
+    def _run(self, x: Array) -> tuple[Array, Array]:
         """Compute the output, and what `backward` needs."""
         raise NotImplementedError
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: ArrayLike) -> Array:
         """Compute the output and keep what `backward` needs."""
         y, self._saved = self._run(x)
         return y
 
-    def predict(self, x: Any) -> Any:
+    def predict(self, x: ArrayLike) -> Array:
         """Compute the output and keep nothing: a later `backward` still belongs to the last `forward`."""
         return self._run(x)[0]
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Array]:
         """Give the parameters by name: the very arrays, to be updated in place."""
         return {name: p for name in self.names if (p := getattr(self, name)) is not None}
 
-    def gradients(self) -> dict[str, Any]:
+    def gradients(self) -> dict[str, Array]:
         """Give the gradients of the last `backward` under the names of their parameters.
 
         Raises
@@ -87,12 +88,12 @@ class Layer:
         return found
 
     @property
-    def params(self) -> list[Any]:
+    def params(self) -> list[Array]:
         """The parameters in order, the very arrays: a list, as the second book's layers have it."""
         return list(self.parameters().values())
 
     @property
-    def grads(self) -> list[Any]:
+    def grads(self) -> list[Array]:
         """Their gradients, as the second book's layers have them: the same arrays always, which each `backward` overwrites.
 
         ``dW`` and ``db`` are new arrays after each `backward`; these are copies of them, made once someone has asked.
@@ -110,7 +111,7 @@ class Layer:
                 with scope(g=g):
                     g[...] = gradient
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Array]:
         """Give a snapshot of the parameters: NumPy copies by name, which later training does not touch.
 
         Examples
@@ -122,7 +123,7 @@ class Layer:
         """
         return {name: to_numpy(p) for name, p in self.parameters().items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Copy `state` into the parameters, in place; all of it is checked before anything is written.
 
         Parameters
@@ -170,25 +171,25 @@ class LossLayer(Layer):
     """What the layers that end a network share: they say in `begin` what the loss is, and get the rest from it."""
 
     options: Options
-    t: Any = None
+    t: ArrayLike | None = None
     """The target of the last forward, or None."""
-    loss: Any = None
+    loss: ArrayLike | None = None
     """The loss of the last forward, or None."""
 
-    def begin(self, x: Any, t: Any) -> Problem:
+    def begin(self, x: ArrayLike, t: ArrayLike) -> Problem:
         """Check a batch; its `denominator` is then known, and `finish` does the rest."""
         raise NotImplementedError
 
-    def finish(self, problem: Problem, t: Any, dout: Any = 1) -> tuple[Any, Any]:
+    def finish(self, problem: Problem, t: ArrayLike, dout: ArrayLike = 1) -> tuple[Array, Array]:
         """Compute a batch that was begun; returns as `forward_backward`."""
         done, gradients = problem.forward_backward(dout)
         return self._keep(done, t), self._give(gradients)
 
-    def forward(self, x: Any, t: Any) -> Any:  # type: ignore[override]
+    def forward(self, x: ArrayLike, t: ArrayLike) -> Array:  # type: ignore[override]
         """Compute the loss and keep what `backward` needs."""
         return self._keep(self.begin(x, t).forward(), t)
 
-    def backward(self, dout: Any = 1) -> Any:
+    def backward(self, dout: ArrayLike = 1) -> Array:
         """Compute the gradient of the input, ``dout·∂loss/∂x``, in a new array.
 
         Parameters
@@ -203,7 +204,7 @@ class LossLayer(Layer):
         """
         return self._give(self._last_forward().backward(dout))
 
-    def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
+    def forward_backward(self, x: ArrayLike, t: ArrayLike, dout: ArrayLike = 1) -> tuple[Array, Array]:
         """Compute loss and gradient in one sweep; bitwise the same as `forward`, then `backward`.
 
         Returns
@@ -212,11 +213,11 @@ class LossLayer(Layer):
         """
         return self.finish(self.begin(x, t), t, dout)
 
-    def _keep(self, done: Loss, t: Any) -> Any:
+    def _keep(self, done: Loss, t: Array) -> Array:
         self._saved, self.t, self.loss = done, t, done.value
         return self.loss
 
-    def _give(self, gradients: Any) -> Any:
+    def _give(self, gradients: Array) -> Array:
         """Leave the parameters' gradients on the layer and return the input's."""
         return gradients
 
@@ -229,14 +230,14 @@ class WithAffineParameters(Layer):
 
     names = ("W", "b")
 
-    def __init__(self, W: Any, b: Any = None, *, asked: str | None = None) -> None:
+    def __init__(self, W: ArrayLike, b: ArrayLike | None = None, *, asked: str | None = None) -> None:
         self.backend = resolve(asked, {"W": W}).name
-        self.dW: Any = None
-        self.db: Any = None
+        self.dW: Array = None
+        self.db: Array = None
         self._place(W, b)
 
     @classmethod
-    def init(cls, D: int, K: int, *, rng: Any = None, dtype: Any = np.float32, **options: Any) -> Self:
+    def init(cls, D: int, K: int, *, rng: Seed = None, dtype: DTypeLike = np.float32, **options: Any) -> Self:
         """Draw ``W ~ N(0, 2/D)`` (He et al., 2015), set ``b = 0``, and place both on the active backend.
 
         Parameters
@@ -263,31 +264,31 @@ class WithAffineParameters(Layer):
         return cls(backend.asarray(W.astype(dtype)), backend.asarray(np.zeros(K, dtype)), **options)
 
     @property
-    def W(self) -> Any:  # noqa: N802 - the book's name
+    def W(self) -> Array:  # noqa: N802 - the book's name
         """The weights ``(D, K)``."""
         return self._W
 
     @W.setter
-    def W(self, W: Any) -> None:  # noqa: N802 - the book's name
+    def W(self, W: ArrayLike) -> None:  # noqa: N802 - the book's name
         self._place(W, self._b)
 
     @property
-    def b(self) -> Any:
+    def b(self) -> Array:
         """The bias ``(K,)``, or None."""
         return self._b
 
     @b.setter
-    def b(self, b: Any) -> None:
+    def b(self, b: ArrayLike) -> None:
         self._place(self._W, b)
 
-    def _place(self, W: Any, b: Any) -> None:
+    def _place(self, W: Array, b: Array) -> None:
         backend = get(self.backend)
         with backend.scope(W=W, b=b):
             b = None if b is None else bring(backend, "b", b)
             self._W, self._b = checks.affine_parameters(backend, bring(backend, "W", W), b)
 
     @property
-    def x(self) -> Any:
+    def x(self) -> Array:
         """The input of the last `forward`."""
         return None if self._saved is None else self._input(self._saved)
 

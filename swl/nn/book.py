@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from swl.nn.base import Layer
 from swl.nn.embedding import Embedding
 from swl.nn.losses import SoftmaxWithLoss
 from swl.ops import checks
+from swl.options import OptionKwargs
+from swl.typing import Array, ArrayLike, Seed
 
 __all__ = ["BatchNormalization", "Dropout", "MatMul", "TimeAffine", "TimeEmbedding", "TimeSoftmaxWithLoss"]
 
@@ -41,12 +43,12 @@ class Dropout(Layer):
     array([0.5, 0.5])
     """
 
-    def __init__(self, dropout_ratio: float = 0.5, *, rng: Any = None) -> None:
+    def __init__(self, dropout_ratio: float = 0.5, *, rng: Seed = None) -> None:
         checks.require_number("dropout_ratio", dropout_ratio, "in [0, 1)", lambda v: 0 <= v < 1)
         self.dropout_ratio = float(dropout_ratio)
         self.rng = checks.generator(rng)
 
-    def forward(self, x: Any, train_flg: bool = True) -> Any:
+    def forward(self, x: ArrayLike, train_flg: bool = True) -> Array:
         """Compute the output and keep what `backward` needs."""
         backend = resolve(None, {"x": x})
         with backend.scope(x=x):
@@ -58,14 +60,14 @@ class Dropout(Layer):
             self._saved = backend, mask
             return x * mask
 
-    def predict(self, x: Any) -> Any:
+    def predict(self, x: ArrayLike) -> Array:
         """Compute ``(1 − ratio)·x``, and keep nothing."""
         backend = resolve(None, {"x": x})
         with backend.scope(x=x):
             x = checks.float_array(backend, "x", x)
             return x * x.dtype.type(1 - self.dropout_ratio)
 
-    def backward(self, dout: Any) -> Any:
+    def backward(self, dout: ArrayLike) -> Array:
         """Compute ``dx = dout·m`` in a new array."""
         backend, mask = self._last_forward()
         with backend.scope(x=mask, dout=dout):
@@ -117,11 +119,11 @@ class BatchNormalization(Layer):
 
     def __init__(
         self,
-        gamma: Any,
-        beta: Any,
+        gamma: ArrayLike,
+        beta: ArrayLike,
         momentum: float = 0.9,
-        running_mean: Any = None,
-        running_var: Any = None,
+        running_mean: ArrayLike | None = None,
+        running_var: ArrayLike | None = None,
         *,
         eps: float = 1e-6,
     ) -> None:
@@ -136,7 +138,8 @@ class BatchNormalization(Layer):
         self.gamma, self.beta = arrays
         if (running_mean is None) != (running_var is None):
             raise TypeError("running_mean and running_var must both be given, or neither")
-        self.running_mean, self.running_var = running_mean, running_var
+        self.running_mean: Array = running_mean
+        self.running_var: Array = running_var
         for name in ("running_mean", "running_var") if running_mean is not None else ():
             with backend.scope(gamma=arrays[0]):
                 found = checks.float_array(backend, name, getattr(self, name))
@@ -146,16 +149,16 @@ class BatchNormalization(Layer):
         self.dgamma: Any = None
         self.dbeta: Any = None
 
-    def forward(self, x: Any, train_flg: bool = True) -> Any:
+    def forward(self, x: ArrayLike, train_flg: bool = True) -> Array:
         """Compute the output and keep what `backward` needs."""
         y, self._saved = self._compute(x, train_flg)
         return y
 
-    def predict(self, x: Any) -> Any:
+    def predict(self, x: ArrayLike) -> Array:
         """Compute the output with the running means, and keep nothing."""
         return self._compute(x, False)[0]
 
-    def _compute(self, x: Any, train_flg: bool) -> tuple[Any, Any]:
+    def _compute(self, x: Array, train_flg: bool) -> tuple[Array, Array]:
         backend = resolve(None, {"gamma": self.gamma})
         with backend.scope(gamma=self.gamma, x=x):
             x = checks.float_array(backend, "x", x)
@@ -179,7 +182,7 @@ class BatchNormalization(Layer):
             y = (self.gamma * normal + self.beta).astype(x.dtype, copy=False)
             return y.reshape(x.shape), (backend, x, normal, deviation, train_flg)
 
-    def backward(self, dout: Any) -> Any:
+    def backward(self, dout: ArrayLike) -> Array:
         """Compute ``dx`` in a new array, and leave ``dgamma = Σ_n dout·x̂`` and ``dbeta = Σ_n dout`` on the layer.
 
         ``dx = γ/√(σ² + ε)·(dout − mean(dout) − x̂·mean(dout·x̂))``, without the means after an inference.
@@ -203,7 +206,7 @@ class BatchNormalization(Layer):
 class MatMul(Affine):
     """The product ``y = x·W``: an `Affine` without a bias."""
 
-    def __init__(self, W: Any) -> None:
+    def __init__(self, W: ArrayLike) -> None:
         super().__init__(W)
 
 
@@ -224,5 +227,6 @@ class TimeSoftmaxWithLoss(SoftmaxWithLoss):
         Those of `SoftmaxWithLoss`.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"ignore_index": -1, **options})
+    def __init__(self, **options: Unpack[OptionKwargs]) -> None:
+        options.setdefault("ignore_index", -1)
+        super().__init__(**options)

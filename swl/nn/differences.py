@@ -12,6 +12,7 @@ import numpy as np
 
 from swl.ops.arrays import beside, to_numpy
 from swl.ops.checks import is_float, require_number, require_plain, shown
+from swl.typing import Array, ArrayLike
 
 __all__ = ["Check", "Comparison", "Progress", "numerical_gradient"]
 
@@ -20,7 +21,7 @@ ALONE, GROUP = 1000, 8
 _EPS, _TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 
 
-def numerical_gradient(f: Callable[[Any], Any], x: Any, h: float | None = None) -> Any:
+def numerical_gradient(f: Callable[[Array], ArrayLike], x: Array, h: float | None = None) -> Array:
     """Compute the gradient of a scalar function by central differences over every element of `x`.
 
     Parameters
@@ -99,7 +100,7 @@ class Comparison(NamedTuple):
     analytic: float
     numeric: float
     at: tuple[int, ...] | None = None
-    direction: Any = None
+    direction: Array = None
 
     @property
     def rank(self) -> float:
@@ -110,12 +111,12 @@ class Comparison(NamedTuple):
 class Check:
     """The gradient of one array, compared with differences of the output."""
 
-    def __init__(self, array: Any, analytic: Any, output: Any, dout: Any, tol: float) -> None:
+    def __init__(self, array: Array, analytic: Array, output: Any, dout: Array, tol: float) -> None:
         self.array, self.output, self.dout, self.tol = array, output, dout, tol
         self.analytic = to_numpy(analytic).astype(np.float64)
         self.home = to_numpy(array)
 
-    def _write(self, values: Any) -> None:
+    def _write(self, values: Array) -> None:
         self.array[...] = beside(self.array, values)
 
     def along(self, direction: Any, analytic: float) -> Comparison:
@@ -124,7 +125,7 @@ class Check:
         size = float(np.abs(self.home[moved]).max(initial=1.0))
         reach = float(np.abs(direction).max())
 
-        def differ(shrink: int) -> tuple[Any, Any, float]:
+        def differ(shrink: int) -> tuple[Array, Array, float]:
             h = _EPS ** (1 / 3) * size / reach / shrink
             try:
                 self._write(self.home + h * direction)
@@ -161,11 +162,11 @@ class Check:
         before, analytic = self.home[index], float((signs * self.analytic[index]).sum())
         size = float(np.abs(before[np.isfinite(before)]).max(initial=1.0))
 
-        def shifted(by: Any) -> Any:
+        def shifted(by: Any) -> Array:
             self.array[index] = beside(self.array, before + by)
             return _array(self.output())
 
-        def differ(shrink: int) -> tuple[Any, Any, float]:
+        def differ(shrink: int) -> tuple[Array, Array, float]:
             h = _EPS ** (1 / 3) * size / shrink
             try:
                 return shifted(h * signs), shifted(-h * signs), h
@@ -259,5 +260,5 @@ class Progress:
             print(file=sys.stderr)
 
 
-def _array(y: Any) -> Any:
+def _array(y: Array) -> Array:
     return y if hasattr(y, "dtype") else np.asarray(y)

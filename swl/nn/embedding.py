@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from swl.backends import active, get, resolve
 from swl.nn.base import Layer, bring
 from swl.ops import checks
+from swl.typing import Array, ArrayLike, DTypeLike, Seed
 
 __all__ = ["Embedding"]
 
@@ -48,21 +47,21 @@ class Embedding(Layer):
 
     names = ("W",)
 
-    def __init__(self, W: Any) -> None:
+    def __init__(self, W: ArrayLike) -> None:
         self.backend = resolve(None, {"W": W}).name
         backend = get(self.backend)
         self.W, _ = checks.affine_parameters(backend, bring(backend, "W", W), None)
-        self.dW: Any = None
+        self.dW: Array = None
 
     @classmethod
-    def init(cls, V: int, D: int, *, rng: Any = None, dtype: Any = np.float32) -> Embedding:
+    def init(cls, V: int, D: int, *, rng: Seed = None, dtype: DTypeLike = np.float32) -> Embedding:
         """Draw ``W ~ N(0, 1)`` on the host, and place it on the active backend."""
         for name, size in (("V", V), ("D", D)):
             checks.require_integer(name, size, 1)
         W = checks.generator(rng).standard_normal((V, D)).astype(checks.float_dtype("dtype", dtype))
         return cls(get(active()).asarray(W))
 
-    def _run(self, x: Any) -> tuple[Any, Any]:
+    def _run(self, x: Array) -> tuple[Array, Array]:
         backend = get(self.backend)
         with backend.scope(W=self.W, x=x):
             x = bring(backend, "x", x)
@@ -74,7 +73,7 @@ class Embedding(Layer):
                 raise ValueError(f"x must hold ids in [0, {V}), got {bad}")
             return self.W[x], x
 
-    def backward(self, dout: Any) -> None:
+    def backward(self, dout: ArrayLike) -> None:
         """Leave ``dW``, where row v is the sum of `dout` over the places with id v, on the layer; ids have no gradient."""
         x = self._last_forward()
         backend = get(self.backend)
@@ -87,7 +86,7 @@ class Embedding(Layer):
                 self._add_up(x, dout)
         self._publish()
 
-    def _add_up(self, x: Any, dout: Any) -> None:
+    def _add_up(self, x: Array, dout: Array) -> None:
         """Add up the rows of each id, in the order of their places."""
         backend = get(self.backend)
         xp, (V, D) = backend.xp, self.W.shape

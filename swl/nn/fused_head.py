@@ -17,6 +17,7 @@ from swl.ops.loss import Problem
 from swl.ops.rows import combine, final_logits
 from swl.ops.topk import Best
 from swl.options import OptionKwargs, Options, require_magnitudes
+from swl.typing import Array, ArrayLike
 
 __all__ = ["AffineSoftmaxWithLoss"]
 
@@ -67,7 +68,12 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
     """
 
     def __init__(
-        self, W: Any, b: Any = None, *, memory_budget: int = DEFAULT_BUDGET, **options: Unpack[OptionKwargs]
+        self,
+        W: ArrayLike,
+        b: ArrayLike | None = None,
+        *,
+        memory_budget: int = DEFAULT_BUDGET,
+        **options: Unpack[OptionKwargs],
     ) -> None:
         checked = Options.checked(options)
         plan(0, 0, 0, memory_budget=memory_budget)  # refuses a budget that is none
@@ -79,7 +85,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
         self.options = checked._replace(**placed)
         self.memory_budget = memory_budget
 
-    def forward(self, x: Any, t: Any) -> Any:  # type: ignore[override]
+    def forward(self, x: ArrayLike, t: ArrayLike) -> Array:  # type: ignore[override]
         """Compute the loss.
 
         Parameters
@@ -95,14 +101,14 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
         """
         return super().forward(x, t)
 
-    def begin(self, x: Any, t: Any) -> Problem:
+    def begin(self, x: ArrayLike, t: ArrayLike) -> Problem:
         """Check a batch; `finish` computes it."""
         backend = get(self.backend)
         with self._scope(x=x, t=t):
             target = t if callable(t) else bring(backend, "t", t)
             return check(backend, bring(backend, "x", x), self._W, self._b, target, self.options, self.memory_budget)
 
-    def predict(self, x: Any) -> Any:
+    def predict(self, x: ArrayLike) -> Array:
         """Compute the scores ``x·W + b``, shape (..., C), as `Affine` does: before any option of the loss.
 
         The result is the only array of that size.
@@ -111,7 +117,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
             operands = Operands.of(get(self.backend), bring(get(self.backend), "x", x), self._W)
             return operands.forward(self._b, self.memory_budget)
 
-    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+    def top_k(self, x: ArrayLike, k: int) -> tuple[Array, Array]:
         """Find the k most probable classes of each row, within the memory budget.
 
         Parameters
@@ -160,7 +166,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
                 ids[r0:r1], log_probs[r0:r1] = self._top_rows(backend, x2[r0:r1], int(k), cut.classes, buffer)
             return ids.reshape(shape), log_probs.reshape(shape)
 
-    def _top_rows(self, backend: Backend, x: Any, k: int, classes: int, buffer: Any) -> tuple[Any, Any]:
+    def _top_rows(self, backend: Backend, x: Array, k: int, classes: int, buffer: Any) -> tuple[Array, Array]:
         """Sweep some rows over chunks of classes, and keep the best so far."""
         xp, n, C = backend.xp, x.shape[0], self._W.shape[1]
         whole = Target(ids=xp.zeros(n, np.int64))  # any class will do: only M and S are wanted
@@ -181,7 +187,7 @@ class AffineSoftmaxWithLoss(LossLayer, WithAffineParameters):
     def _scope(self, **arrays: Any) -> AbstractContextManager[object]:
         return get(self.backend).scope(W=self._W, **arrays)
 
-    def _give(self, gradients: Any) -> Any:
+    def _give(self, gradients: Array) -> Array:
         dx, self.dW, self.db = gradients
         self._publish()
         return dx

@@ -13,6 +13,7 @@ from swl.nn.differences import Check, Progress
 from swl.nn.sequential import gradients_of, leaves, parameters_of
 from swl.ops.arrays import beside, to_numpy
 from swl.ops.checks import is_float, require_integer, require_number
+from swl.typing import Array, ArrayLike, LayerLike
 
 __all__ = ["GradientError", "GradientReport", "check_gradients"]
 
@@ -44,8 +45,8 @@ class GradientReport(NamedTuple):
 
 
 def check_gradients(
-    of: Any,
-    *inputs: Any,
+    of: LayerLike | tuple[Callable[..., Any], Callable[..., Any]] | Callable[..., Any],
+    *inputs: ArrayLike,
     projections: int | None = None,
     tol: float = 1e-6,
     seed: int = 0,
@@ -157,11 +158,11 @@ def check_gradients(
 
 class _Problem(NamedTuple):
     output: Callable[[], Any]  # evaluates the function at the present contents of the arrays
-    dout: Any  # of the shape of the output
+    dout: Array  # of the shape of the output
     arrays: list[tuple[str, Any, Any]]  # name, the array to shift in place, the gradient claimed for it
 
 
-def _double(x: Any) -> Any:
+def _double(x: Array) -> Any:
     """Copy an input, floating ones as float64; lists become arrays, numbers stay."""
     if isinstance(x, (list, tuple, float)):
         x = np.asarray(x)
@@ -170,7 +171,7 @@ def _double(x: Any) -> Any:
     return x.astype(np.float64) if is_float(x.dtype) else x.copy()
 
 
-def _random_like(y: Any, rng: np.random.Generator) -> Any:
+def _random_like(y: Array, rng: np.random.Generator) -> Array:
     """Draw an upstream gradient for an output."""
     if not hasattr(y, "dtype"):
         return float(rng.standard_normal())
@@ -196,7 +197,7 @@ def _of_layer(layer: Any, inputs: tuple[Any, ...], rng: np.random.Generator) -> 
 def _of_pair(
     f: Any, backward: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any], wrt: Any, rng: np.random.Generator
 ) -> _Problem:
-    def output() -> Any:
+    def output() -> Array:
         return f(*inputs, **kwargs)
 
     dout = _random_like(output(), rng)
@@ -209,7 +210,7 @@ def _of_pair(
 def _of_value_and_grad(
     f: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any], wrt: Any, rng: np.random.Generator
 ) -> _Problem:
-    def both(**more: Any) -> Any:
+    def both(**more: Any) -> Array:
         result = f(*inputs, **kwargs, **more)
         if not (isinstance(result, tuple) and len(result) >= 2):
             raise TypeError(f"{getattr(f, '__name__', f)} must return (value, gradients), got {type(result).__name__}")
@@ -231,7 +232,7 @@ def _signature(f: Any) -> Sequence[inspect.Parameter]:
     return tuple(inspect.signature(f).parameters.values())
 
 
-def _named(f: Any, inputs: tuple[Any, ...], gradients: Any, wrt: Any) -> list[tuple[str, Any, Any]]:
+def _named(f: Any, inputs: tuple[Any, ...], gradients: Array, wrt: Any) -> list[tuple[str, Any, Any]]:
     """Match gradients with inputs."""
     names = [p.name for p in _signature(f) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names += [f"input {i}" for i in range(len(names), len(inputs))]

@@ -13,6 +13,7 @@ from swl.ops.arrays import beside
 from swl.ops.cross_entropy import check, forward, forward_backward
 from swl.ops.loss import Loss, Problem
 from swl.options import OptionKwargs, Options
+from swl.typing import Array, ArrayLike
 
 __all__ = ["SoftmaxWithLoss"]
 
@@ -50,7 +51,7 @@ class SoftmaxWithLoss(LossLayer):
         self._y: Any = None
         self._placed: dict[Any, Options] = {}
 
-    def _inputs(self, x: Any, t: Any) -> tuple[Any, Any, Options]:
+    def _inputs(self, x: Array, t: Array) -> tuple[Array, Array, Options]:
         """Bring target and options to where the scores are."""
         options = self.options
         plain = options.weight is None and options.sample_weight is None
@@ -70,13 +71,13 @@ class SoftmaxWithLoss(LossLayer):
                 self._placed[home] = options._replace(**here)
             return x, t, self._placed[home]
 
-    def begin(self, x: Any, t: Any) -> Problem:
+    def begin(self, x: ArrayLike, t: ArrayLike) -> Problem:
         """Check a batch; `finish` computes it."""
         x, t, options = self._inputs(x, t)
         with scope(x=x):
             return check(x, t, options)
 
-    def forward(self, x: Any, t: Any) -> Any:  # type: ignore[override]
+    def forward(self, x: ArrayLike, t: ArrayLike) -> Array:  # type: ignore[override]
         """Compute the loss.
 
         Parameters
@@ -92,23 +93,23 @@ class SoftmaxWithLoss(LossLayer):
         """
         return self._keep(forward(*self._inputs(x, t), keep=True), t)
 
-    def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
+    def forward_backward(self, x: ArrayLike, t: ArrayLike, dout: ArrayLike = 1) -> tuple[Array, Array]:
         """Compute loss and gradient in one sweep; bitwise the same as `forward`, then `backward`."""
         x, t, options = self._inputs(x, t)
         dout = beside(x, dout) if type(dout) is np.ndarray else dout
         done, dx = forward_backward(x, t, options, dout, keep=True)
         return self._keep(done, t), dx
 
-    def predict(self, x: Any) -> Any:
+    def predict(self, x: ArrayLike) -> Array:
         """Return the scores as they are: inference needs no softmax."""
         return x
 
-    def _keep(self, done: Loss, t: Any) -> Any:
+    def _keep(self, done: Loss, t: Array) -> Array:
         self._y = None
         return super()._keep(done, t)
 
     @property
-    def y(self) -> Any:
+    def y(self) -> Array:
         """The probabilities of the last forward, computed when first asked for."""
         if self._y is None and self._saved is not None:
             self._y = self._saved.probabilities()

@@ -11,6 +11,7 @@ from typing import Any
 
 from swl.backends import scope
 from swl.ops.checks import acc_dtype, is_float, is_real, require_number, require_plain, shown
+from swl.typing import Array
 
 __all__ = ["SGD", "AdamW"]
 
@@ -56,7 +57,7 @@ def _number(name: str, value: float, *, below: float = math.inf) -> float:
     return float(value)
 
 
-def _subtract(p: Any, step: Any) -> None:
+def _subtract(p: Array, step: Array) -> None:
     """``p -= step`` in the dtype of the arithmetic, rounded once."""
     if p.dtype == step.dtype:
         p -= step
@@ -75,7 +76,7 @@ class _Optimizer:
         settings = ((name, value) for name, value in vars(self).items() if name not in ("steps", "state"))
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings)})"
 
-    def _moments(self, key: Any, p: Any, count: int) -> list[Any]:
+    def _moments(self, key: Any, p: Array, count: int) -> list[Any]:
         found: list[Any] | None = self.state.get(key)
         if found is None:
             found = self.state[key] = [p.astype(acc_dtype(p.dtype)) for _ in range(count)]

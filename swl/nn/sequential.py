@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from swl.nn.base import Layer
+from swl.typing import Array, ArrayLike, LayerLike
 
 __all__ = ["Sequential", "gradients_of", "leaves", "parameters_of"]
 
@@ -35,7 +36,7 @@ class Sequential(Layer):
     (3, 10)
     """
 
-    def __init__(self, *layers: Any) -> None:
+    def __init__(self, *layers: LayerLike) -> None:
         if not layers:
             raise ValueError("Sequential needs at least one layer")
         for i, layer in enumerate(layers):
@@ -54,18 +55,18 @@ class Sequential(Layer):
         self.is_loss = _is_loss(layers[-1])
         self._body = layers[:-1] if self.is_loss else layers
 
-    def __call__(self, x: Any, t: Any = None) -> Any:
+    def __call__(self, x: Array, t: Array = None) -> Any:
         """Compute ``forward(x, t)``, and without a target the scores of a network that ends with a loss: ``predict(x)``."""
         return self.predict(x) if self.is_loss and t is None else self.forward(x, t)
 
-    def forward(self, x: Any, t: Any = None) -> Any:
+    def forward(self, x: ArrayLike, t: ArrayLike | None = None) -> Array:
         """Compute the output of the last layer; if that is a loss, the loss for target `t`."""
         self._check_target(t)
         for layer in self._body:
             x = layer.forward(x)
         return self.layers[-1].forward(x, t) if self.is_loss else x
 
-    def backward(self, dout: Any = 1) -> Any:
+    def backward(self, dout: ArrayLike = 1) -> Array:
         """Compute the gradient of the input; each layer then holds its parameters' gradients.
 
         Parameters
@@ -77,7 +78,7 @@ class Sequential(Layer):
             dout = layer.backward(dout)
         return dout
 
-    def forward_backward(self, x: Any, t: Any, dout: Any = 1) -> tuple[Any, Any]:
+    def forward_backward(self, x: ArrayLike, t: ArrayLike, dout: ArrayLike = 1) -> tuple[Array, Array]:
         """Compute ``forward(x, t)`` and ``backward(dout)``, the loss and its gradient in one sweep.
 
         Returns
@@ -99,7 +100,7 @@ class Sequential(Layer):
             dout = layer.backward(dout)
         return loss, dout
 
-    def predict(self, x: Any) -> Any:
+    def predict(self, x: ArrayLike) -> Array:
         """Compute the scores, without softmax and without touching what `backward` needs.
 
         A layer that has no ``predict`` is called by its ``forward``.
@@ -108,16 +109,16 @@ class Sequential(Layer):
             x = getattr(layer, "predict", layer.forward)(x)
         return x
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, Array]:
         """Give all parameters, the very arrays, under names like ``"0.W"``: the layer's place and its own name."""
         return {f"{i}.{name}": p for i, layer in enumerate(self.layers) for name, p in parameters_of(layer).items()}
 
-    def gradients(self) -> dict[str, Any]:
+    def gradients(self) -> dict[str, Array]:
         """Give the gradients of the last `backward` under the names of their parameters."""
         return {f"{i}.{name}": g for i, layer in enumerate(self.layers) for name, g in gradients_of(layer).items()}
 
     @property
-    def grads(self) -> list[Any]:
+    def grads(self) -> list[Array]:
         """The gradients of all layers in order, in arrays that each `backward` overwrites."""
         return [g for layer in self.layers for g in getattr(layer, "grads", None) or gradients_of(layer).values()]
 
@@ -148,7 +149,7 @@ class Sequential(Layer):
         lines = [f"{name:<{left}}  {count:>{right},}  {shapes}".rstrip() for name, count, shapes in rows]
         return "\n".join([f"{'layer':<{left}}  parameters", *lines])
 
-    def _check_target(self, t: Any) -> None:
+    def _check_target(self, t: Array) -> None:
         if self.is_loss and t is None:
             raise TypeError("the last layer is a loss: forward needs the target t (predict needs none)")
         if not self.is_loss and t is not None:
@@ -157,18 +158,18 @@ class Sequential(Layer):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> LayerLike:
         return self.layers[i]
 
     def __repr__(self) -> str:
         return f"Sequential({', '.join(map(repr, self.layers))})"
 
 
-def _is_loss(layer: Any) -> bool:
+def _is_loss(layer: LayerLike) -> bool:
     return bool(getattr(layer, "is_loss", hasattr(layer, "forward_backward")))
 
 
-def leaves(layers: Iterable[Any]) -> Iterator[Any]:
+def leaves(layers: Iterable[LayerLike]) -> Iterator[LayerLike]:
     """Go through layers, and those within a Sequential among them."""
     for layer in layers:
         if isinstance(layer, Sequential):
@@ -177,14 +178,14 @@ def leaves(layers: Iterable[Any]) -> Iterator[Any]:
             yield layer
 
 
-def parameters_of(layer: Any) -> dict[str, Any]:
+def parameters_of(layer: LayerLike) -> dict[str, Array]:
     """Return the parameters of a layer of any origin, by name."""
     if hasattr(layer, "parameters"):
         return dict(layer.parameters())
     return {name: p for name in ("W", "b") if (p := getattr(layer, name, None)) is not None}
 
 
-def gradients_of(layer: Any) -> dict[str, Any]:
+def gradients_of(layer: LayerLike) -> dict[str, Array]:
     """Return the gradients of the last `backward` of a layer of any origin, by the names of its parameters."""
     if hasattr(layer, "gradients"):
         return dict(layer.gradients())

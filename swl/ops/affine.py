@@ -16,6 +16,7 @@ from swl.ops.checks import (
     require_shape,
 )
 from swl.ops.chunks import cuts, plan
+from swl.typing import Array, ArrayLike, Stream
 
 __all__ = ["Operands", "affine", "affine_backward", "empty_like_weights"]
 
@@ -24,13 +25,13 @@ class Operands(NamedTuple):
     """Inputs and weights of a product, checked, and all that a backward pass needs."""
 
     backend: Backend
-    x: Any  # as it came, on the backend
-    x2: Any  # (N, D), of a floating dtype
-    W: Any
+    x: Array  # as it came, on the backend
+    x2: Array  # (N, D), of a floating dtype
+    W: Array
     leading: tuple[int, ...]  # (...) of the result
 
     @classmethod
-    def of(cls, backend: Backend, x: Any, W: Any) -> Operands:
+    def of(cls, backend: Backend, x: Array, W: Array) -> Operands:
         """Check the inputs against weights that were checked before."""
         x = x2 = real_array(backend, "x", x)
         if x.dtype.kind in "iub":
@@ -38,14 +39,14 @@ class Operands(NamedTuple):
         x2, leading = flatten_inputs(x2, W.shape[0])
         return cls(backend, x, x2, W, leading)
 
-    def dtype(self, b: Any) -> Any:
+    def dtype(self, b: Array) -> Any:
         """Return the common dtype of the operands and a bias, which may be None."""
         x2, W = self.x2, self.W
         if x2.dtype == W.dtype and (b is None or b.dtype == W.dtype):
             return W.dtype
         return self.backend.xp.result_type(*(a for a in (x2, W, b) if a is not None))
 
-    def forward(self, b: Any, memory_budget: int | None = None) -> Any:
+    def forward(self, b: Array, memory_budget: int | None = None) -> Array:
         """Compute ``y = x·W + b``; in chunks if the temporaries are to stay within a budget in bytes."""
         backend, _, x2, W, leading = self
         dtype = self.dtype(b)
@@ -61,7 +62,7 @@ class Operands(NamedTuple):
                     backend.affine_forward(x2[r0:r1], W[:, c0:c1], bias, y[r0:r1, c0:c1])
         return y if len(leading) == 1 else y.reshape(*leading, W.shape[1])
 
-    def backward(self, dout: Any, needs: Collection[str] = ("dx", "dW", "db")) -> tuple[Any, Any, Any]:
+    def backward(self, dout: Array, needs: Collection[str] = ("dx", "dW", "db")) -> tuple[Array, Array, Array]:
         """Compute ``dx, dW, db``, each in an array of its own or None; any number of times."""
         backend, x, x2, W, leading = self
         K = W.shape[1]
@@ -74,12 +75,12 @@ class Operands(NamedTuple):
         return (dx if dx is None or x.ndim == 2 else dx.reshape(x.shape)), dW, db
 
 
-def empty_like_weights(backend: Backend, W: Any, dtype: Any) -> Any:
+def empty_like_weights(backend: Backend, W: Array, dtype: Any) -> Array:
     """Return an array for the gradient of `W`: a (C, D) matrix seen as (D, C) gets its gradient likewise."""
     return backend.empty(W.shape[::-1], dtype).T if W.strides[0] < W.strides[1] else backend.empty(W.shape, dtype)
 
 
-def affine(x: Any, W: Any, b: Any = None, *, stream: Any = None) -> Any:
+def affine(x: ArrayLike, W: ArrayLike, b: ArrayLike | None = None, *, stream: Stream | None = None) -> Array:
     """Compute the affine map ``y = x·W + b``.
 
     Parameters
@@ -114,8 +115,13 @@ def affine(x: Any, W: Any, b: Any = None, *, stream: Any = None) -> Any:
 
 
 def affine_backward(
-    dout: Any, x: Any, W: Any, *, needs: Iterable[str] = ("dx", "dW", "db"), stream: Any = None
-) -> tuple[Any | None, Any | None, Any | None]:
+    dout: ArrayLike,
+    x: ArrayLike,
+    W: ArrayLike,
+    *,
+    needs: Iterable[str] = ("dx", "dW", "db"),
+    stream: Stream | None = None,
+) -> tuple[Array | None, Array | None, Array | None]:
     """Compute the gradients of an affine map: ``dx = dout·Wᵀ``, ``dW = xᵀ·dout``, ``db = Σ_n dout``.
 
     Parameters

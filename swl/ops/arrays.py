@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from swl.backends import resolve
+from swl.typing import Array
 
 
-def to_numpy(x: Any) -> Any:
+def to_numpy(x: Array) -> Array:
     """Copy an array of any backend to NumPy; waits for the device."""
     if not hasattr(x, "get"):
         return np.array(x)
@@ -17,7 +16,7 @@ def to_numpy(x: Any) -> Any:
         return x.get()
 
 
-def beside(array: Any, values: Any) -> Any:
+def beside(array: Array, values: Array) -> Array:
     """Bring NumPy `values` to where `array` is."""
     if isinstance(array, np.ndarray | np.generic):
         return values

@@ -12,6 +12,7 @@ import numpy as np
 from swl.backends import Backend
 from swl.backends.registry import on_device
 from swl.options import require_number, shown
+from swl.typing import Array, DTypeLike, Seed
 
 __all__ = [
     "acc_dtype",
@@ -53,7 +54,7 @@ def is_real(dtype: Any) -> bool:
     return is_float(dtype) or dtype.kind in "iub"
 
 
-def float_dtype(name: str, dtype: Any) -> np.dtype[Any]:
+def float_dtype(name: str, dtype: DTypeLike) -> np.dtype[Any]:
     """Return a floating dtype that was given as an argument."""
     found: np.dtype[Any] | None = None
     with contextlib.suppress(TypeError):
@@ -63,7 +64,7 @@ def float_dtype(name: str, dtype: Any) -> np.dtype[Any]:
     return found
 
 
-def generator(rng: Any) -> np.random.Generator:
+def generator(rng: Seed) -> np.random.Generator:
     """Return the generator that an argument ``rng`` stands for."""
     try:
         return np.random.default_rng(rng)
@@ -80,7 +81,7 @@ def require_integer(name: str, value: Any, least: float) -> int:
     return int(value)
 
 
-def require_plain(name: str, x: Any) -> None:
+def require_plain(name: str, x: Array) -> None:
     """Refuse what looks like an array of numbers and would lose a part of its meaning, or has none."""
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
@@ -96,7 +97,7 @@ def require_plain(name: str, x: Any) -> None:
         )
 
 
-def any_array(backend: Backend, name: str, x: Any) -> Any:
+def any_array(backend: Backend, name: str, x: Array) -> Array:
     """Bring `x` to the backend."""
     require_plain(name, x)
     try:
@@ -107,7 +108,7 @@ def any_array(backend: Backend, name: str, x: Any) -> Any:
         raise TypeError(f"{name} must be an array of numbers: {error}") from error
 
 
-def float_array(backend: Backend, name: str, x: Any) -> Any:
+def float_array(backend: Backend, name: str, x: Array) -> Array:
     """Bring `x` to the backend and check that it is of a floating dtype that swl computes with."""
     x = any_array(backend, name, x)
     if not is_float(x.dtype):
@@ -115,7 +116,7 @@ def float_array(backend: Backend, name: str, x: Any) -> Any:
     return x
 
 
-def real_array(backend: Backend, name: str, x: Any) -> Any:
+def real_array(backend: Backend, name: str, x: Array) -> Array:
     """Bring `x` to the backend and check that it holds real numbers of any dtype."""
     x = any_array(backend, name, x)
     if not is_real(x.dtype):
@@ -123,13 +124,13 @@ def real_array(backend: Backend, name: str, x: Any) -> Any:
     return x
 
 
-def require_shape(name: str, x: Any, legal: tuple[int, ...], meaning: str) -> None:
+def require_shape(name: str, x: Array, legal: tuple[int, ...], meaning: str) -> None:
     """Raise the ValueError that names argument, shape and legal shape, unless they agree."""
     if x.shape != legal:
         raise ValueError(f"{name} must have shape {legal} ({meaning}), got {x.shape}")
 
 
-def places_apart(x: Any) -> bool:
+def places_apart(x: Array) -> bool:
     """Tell whether every element of an array has memory of its own."""
     reach = x.itemsize
     for step, n in sorted((abs(step), n) for step, n in zip(x.strides, x.shape, strict=True) if n > 1):
@@ -149,7 +150,7 @@ def size_of(shape: Iterable[int]) -> int:
     return math.prod(shape)
 
 
-def affine_parameters(backend: Backend, W: Any, b: Any) -> tuple[Any, Any]:
+def affine_parameters(backend: Backend, W: Array, b: Array) -> tuple[Array, Array]:
     """Bring the parameters of an affine map to the backend and check them."""
     W = float_array(backend, "W", W)
     if W.ndim != 2:
@@ -160,7 +161,7 @@ def affine_parameters(backend: Backend, W: Any, b: Any) -> tuple[Any, Any]:
     return W, b
 
 
-def flatten_inputs(x: Any, D: int) -> tuple[Any, tuple[int, ...]]:
+def flatten_inputs(x: Array, D: int) -> tuple[Array, tuple[int, ...]]:
     """Bring ``(..., D)``, or ``(N, ...)`` with trailing axes of product D, to ``(rows, D)``; also give the leading shape.
 
     Raises

@@ -31,6 +31,7 @@ from swl.ops.checks import acc_dtype, check_needs, float_dtype, require_integer
 from swl.ops.loss import Problem
 from swl.ops.rows import combine, plain_mass
 from swl.ops.targets import ChunkedProbabilities
+from swl.typing import Array, DTypeLike
 
 __all__ = ["DEFAULT_BUDGET", "Plan", "Swept", "plan", "require_budget", "sweep"]
 
@@ -99,7 +100,7 @@ def plan(
     D: int,
     C: int,
     *,
-    dtype: Any = np.float32,
+    dtype: DTypeLike = np.float32,
     needs: Collection[str] = ("dx", "dW", "db"),
     memory_budget: int = DEFAULT_BUDGET,
     device: bool = False,
@@ -197,18 +198,18 @@ def cuts(total: int, size: int) -> Iterator[tuple[int, int]]:
 class Gradients(NamedTuple):
     """Where gradients go; None where not needed."""
 
-    dx: Any
-    dW: Any  # noqa: N815 - the book's name
-    db: Any
+    dx: Array
+    dW: Array  # noqa: N815 - the book's name
+    db: Array
 
 
 def sweep(
     p: Problem,
-    x: Any,
-    W: Any,
+    x: Array,
+    W: Array,
     cut: Plan,
     *,
-    row_scale: Any = None,
+    row_scale: Array = None,
     into: Gradients | None = None,
     known: Rows | None = None,
     stats: bool = False,
@@ -278,14 +279,14 @@ def sweep(
 class Swept(Protocol):
     """A function of stored logits, and its gradient: a backend's cross-entropy, or another one with the same sweeps."""
 
-    def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+    def cross_entropy_forward(self, logits: Array, target: Target, stats: bool) -> Rows:
         """Compute the rows."""
 
-    def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+    def cross_entropy_backward(self, logits: Array, target: Target, rows: Rows, row_scale: Array, out: Array) -> None:
         """Write the gradient; `out` may lie over the logits."""
 
     def cross_entropy_forward_backward(
-        self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool
+        self, logits: Array, target: Target, row_scale: Array, out: Array, stats: bool
     ) -> Rows:
         """Do both."""
 
@@ -295,15 +296,15 @@ class _Chunk(NamedTuple):
 
     problem: Problem
     loss: Swept
-    x: Any
-    W: Any
+    x: Array
+    W: Array
     buffer: Any
     cut: Plan
     first: bool  # of the chunks of rows: what adds up starts here
     across: Callable[[Rows, Target, Any], Rows] | None
     kept: Any  # where the gradient of these logits is kept, to be added with others; or None
 
-    def _logits(self, c0: int, c1: int) -> Any:
+    def _logits(self, c0: int, c1: int) -> Array:
         n = self.x.shape[0]
         logits = self.buffer[: n * (c1 - c0)].reshape(n, c1 - c0)  # dense, whatever the chunk's size
         self.problem.backend.affine_forward(self.x, self.W[:, c0:c1], None, logits)
@@ -315,13 +316,13 @@ class _Chunk(NamedTuple):
             target = target._replace(probs=target.probs.array(self.problem.backend))
         return target
 
-    def _gradient(self, logits: Any, c0: int, c1: int) -> Any:
+    def _gradient(self, logits: Array, c0: int, c1: int) -> Array:
         """Give where the gradient of these logits goes."""
         if self.kept is not None:
             return self.kept[:, c0:c1]
         return self.problem.backend.gradient_over(logits, self.x, self.W)
 
-    def whole(self, target: Target, scale: Any, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
+    def whole(self, target: Target, scale: Array, into: Gradients | None, known: Rows | None, stats: bool) -> Rows:
         """Do rows with all their classes at once."""
         backend, C = self.problem.backend, self.W.shape[1]
         target = self._target(target, 0, C)
@@ -357,7 +358,7 @@ class _Chunk(NamedTuple):
         rows = combine(xp, parts, target, starts, plain or [None] * len(parts))
         return rows if self.across is None else self.across(rows, target, sum(plain) if stats else None)
 
-    def backward(self, target: Target, scale: Any, into: Gradients, rows: Rows) -> None:
+    def backward(self, target: Target, scale: Array, into: Gradients, rows: Rows) -> None:
         """Sweep over chunks of classes: the gradients."""
         backend = self.problem.backend
         dx = None if into.dx is None else backend.empty(self.x.shape, self.problem.acc)
@@ -372,7 +373,7 @@ class _Chunk(NamedTuple):
         if dx is not None:
             into.dx[...] = dx
 
-    def add(self, G: Any, into: Gradients, c0: int, c1: int) -> None:
+    def add(self, G: Array, into: Gradients, c0: int, c1: int) -> None:
         """``dW[:, c0:c1] += xᵀ·G`` and ``db[c0:c1] += Σ G``; the first chunk of rows overwrites instead."""
         if into.dW is None and into.db is None:
             return

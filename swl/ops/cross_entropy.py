@@ -12,13 +12,19 @@ from swl.ops.checks import acc_dtype, float_array, places_apart, require_shape, 
 from swl.ops.loss import Loss, Problem, inverse, problem
 from swl.ops.rows import final_logits
 from swl.options import DEFAULTS, OptionKwargs, Options
+from swl.typing import Array, ArrayLike, Results, Stream
 
 __all__ = ["SMALL", "cross_entropy", "cross_entropy_value_and_grad"]
 
 
 def cross_entropy(
-    logits: Any, target: Any, *, stats: bool = False, stream: Any = None, **options: Unpack[OptionKwargs]
-) -> Any:
+    logits: ArrayLike,
+    target: ArrayLike,
+    *,
+    stats: bool = False,
+    stream: Stream | None = None,
+    **options: Unpack[OptionKwargs],
+) -> Results:
     r"""Compute the softmax cross-entropy of logits against class ids or probabilities, forward only.
 
     Per row, with the target row ``y`` of `swl.backends.protocol` and ``A = Σ_c y_c``::
@@ -68,15 +74,15 @@ def cross_entropy(
 
 
 def cross_entropy_value_and_grad(
-    logits: Any,
-    target: Any,
+    logits: ArrayLike,
+    target: ArrayLike,
     *,
-    dout: Any = 1.0,
-    out: Any = None,
+    dout: ArrayLike = 1.0,
+    out: ArrayLike | None = None,
     stats: bool = False,
-    stream: Any = None,
+    stream: Stream | None = None,
     **options: Unpack[OptionKwargs],
-) -> Any:
+) -> Results:
     """Compute the loss of `cross_entropy` and its gradient with respect to the logits, in one sweep.
 
     Per row, with ``p_c = exp(z_c − M − S)``::
@@ -123,30 +129,30 @@ def cross_entropy_value_and_grad(
 class Stored(NamedTuple):
     """Logits in an array, and where their gradient goes."""
 
-    logits: Any  # as they came, (..., C)
-    logits_nc: Any  # (N, C)
-    out: Any = None
+    logits: Array  # as they came, (..., C)
+    logits_nc: Array  # (N, C)
+    out: Array = None
 
     @property
-    def home(self) -> dict[str, Any]:
+    def home(self) -> dict[str, Array]:
         return {"logits": self.logits}
 
     def forward(self, p: Problem, stats: bool) -> Rows:
         return p.backend.cross_entropy_forward(self.logits_nc, p.target, stats)
 
-    def forward_backward(self, p: Problem, dout: Any, stats: bool) -> tuple[Rows, Any]:
+    def forward_backward(self, p: Problem, dout: Array, stats: bool) -> tuple[Rows, Array]:
         scale = p.row_scale(dout)
         gradient = _Gradient.into(p, self, scale)
         rows = p.backend.cross_entropy_forward_backward(self.logits_nc, p.target, scale, gradient.nc, stats)
         return rows, gradient.finish()
 
-    def backward(self, p: Problem, dout: Any, rows: Rows) -> Any:
+    def backward(self, p: Problem, dout: Array, rows: Rows) -> Array:
         scale = p.row_scale(dout)
         gradient = _Gradient.into(p, self, scale)
         p.backend.cross_entropy_backward(self.logits_nc, p.target, rows, scale, gradient.nc)
         return gradient.finish()
 
-    def probabilities(self, p: Problem, rows: Rows) -> Any:
+    def probabilities(self, p: Problem, rows: Rows) -> Array:
         with np.errstate(invalid="ignore"):  # a row of −inf is NaN, as everywhere
             if p.target.ids is not None:  # a forward sweep without statistics may pass over ignored rows
                 rows = p.backend.cross_entropy_forward(self.logits_nc, p.target, True)
@@ -158,7 +164,12 @@ class Stored(NamedTuple):
 
 
 def check(
-    logits: Any, target: Any, options: Options, backend: Backend | None = None, dout: Any = None, out: Any = None
+    logits: Array,
+    target: Array,
+    options: Options,
+    backend: Backend | None = None,
+    dout: Array = None,
+    out: Array = None,
 ) -> Problem:
     """Check logits, target and options; the arrays decide the backend unless it is given."""
     if backend is None:
@@ -173,7 +184,13 @@ def check(
 
 
 def forward(
-    logits: Any, target: Any, options: Options, *, stats: bool = False, stream: Any = None, keep: bool = False
+    logits: Array,
+    target: Array,
+    options: Options,
+    *,
+    stats: bool = False,
+    stream: Stream | None = None,
+    keep: bool = False,
 ) -> Loss:
     """Compute the loss; to `keep` it is to call `backward` later."""
     if not stats and stream is None and (small := _small(logits, target, options, 1.0 if keep else None, None, keep)):
@@ -184,16 +201,16 @@ def forward(
 
 
 def forward_backward(
-    logits: Any,
-    target: Any,
+    logits: Array,
+    target: Array,
     options: Options,
-    dout: Any = 1.0,
-    out: Any = None,
+    dout: Array = 1.0,
+    out: Array = None,
     *,
     stats: bool = False,
-    stream: Any = None,
+    stream: Stream | None = None,
     keep: bool = False,
-) -> tuple[Loss, Any]:
+) -> tuple[Loss, Array]:
     """Compute the loss and its gradient in one sweep; the logits are gone if `out` overwrote them."""
     if dout is None:
         raise TypeError("dout must be a number or an array, got None")
@@ -204,7 +221,7 @@ def forward_backward(
         return check(logits, target, options, backend, dout, out).forward_backward(dout, stats)
 
 
-def _backend_of(logits: Any, target: Any, options: Options, dout: Any = None, out: Any = None) -> Backend:
+def _backend_of(logits: Array, target: Array, options: Options, dout: Array = None, out: Array = None) -> Backend:
     arrays = {"logits": logits, "target": target, **options.arrays(), "dout": dout, "out": out}
     return resolve(options.backend, arrays)
 
@@ -220,16 +237,16 @@ class _Small(Loss):
 
     __slots__ = ("_arguments", "_done", "_gradient")
 
-    def __init__(self, value: Any, gradient: Any, *arguments: Any) -> None:
+    def __init__(self, value: Any, gradient: Array, *arguments: Any) -> None:
         self.value, self._gradient, self._arguments = value, gradient, arguments
         self._done: Loss | None = None
 
-    def take(self) -> Any:
+    def take(self) -> Array:
         """Hand over the gradient for an upstream gradient of 1."""
         gradient, self._gradient = self._gradient, None
         return gradient
 
-    def backward(self, dout: Any = 1.0) -> Any:
+    def backward(self, dout: Array = 1.0) -> Array:
         gradient = self.take()
         if gradient is not None and type(dout) in (int, float) and dout == 1:
             return gradient
@@ -250,7 +267,7 @@ class _Small(Loss):
         return self._general.rows
 
 
-def _small(logits: Any, target: Any, options: Options, dout: Any, out: Any, keep: bool) -> _Small | None:
+def _small(logits: Array, target: Array, options: Options, dout: Array, out: Array, keep: bool) -> _Small | None:
     """Compute a small problem as most are: on the host, without options, and its gradient unless `dout` is None.
 
     Returns None, leaving `out` untouched, where the general way must be taken, which also says what is wrong.
@@ -279,11 +296,11 @@ class _Gradient(NamedTuple):
     """Where a gradient goes: `nc` is what the kernel writes, `whole` what the caller gets."""
 
     xp: Any
-    whole: Any
+    whole: Array
     nc: Any
 
     @classmethod
-    def into(cls, p: Problem, source: Stored, scale: Any) -> _Gradient:
+    def into(cls, p: Problem, source: Stored, scale: Array) -> _Gradient:
         """Check the caller's array, or make one."""
         backend, (logits, logits_nc, out) = p.backend, source
         if out is None:
@@ -300,7 +317,7 @@ class _Gradient(NamedTuple):
             raise ValueError(f"out must have a place for every element, got strides {out.strides}")
         target = p.target
 
-        def overlap(a: Any, b: Any) -> bool:  # the exact answer takes long
+        def overlap(a: Any, b: Array) -> bool:  # the exact answer takes long
             a, b = _extent(a), _extent(b)
             return np.may_share_memory(a, b) and np.shares_memory(a, b)
 
@@ -312,18 +329,18 @@ class _Gradient(NamedTuple):
                 raise ValueError(f"out overlaps {name}")
         return cls(backend.xp, out, out if out.ndim == 2 else out.reshape(logits_nc.shape))
 
-    def finish(self) -> Any:
+    def finish(self) -> Array:
         if self.whole is not self.nc and not self.xp.may_share_memory(self.whole, self.nc):
             self.whole[...] = self.nc.reshape(self.whole.shape)  # leading axes that do not merge into one
         return self.whole
 
 
-def _address(x: Any) -> int:
+def _address(x: Array) -> int:
     interface = getattr(x, "__cuda_array_interface__", None) or x.__array_interface__
     return int(interface["data"][0])
 
 
-def _extent(x: Any) -> np.ndarray[Any, Any]:
+def _extent(x: Array) -> np.ndarray[Any, Any]:
     """See where an array lies as NumPy would, which looks at addresses alone: those of a device will do."""
     if isinstance(x, np.ndarray):
         return x

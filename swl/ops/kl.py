@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack, cast, get_args
 
 import numpy as np
 
@@ -27,12 +27,12 @@ from swl.ops.linear_cross_entropy import ALL, Formed
 from swl.ops.linear_cross_entropy import check as check_linear
 from swl.ops.loss import Problem
 from swl.ops.rows import final_logits, log_softmax, plus_bias
-from swl.options import Options, Reduction
+from swl.options import Options
+from swl.typing import Array, ArrayLike, Direction, Reduction, Results, Stream
 
-__all__ = ["Direction", "KLKwargs", "gradients", "head", "linear_kl", "linear_kl_value_and_grad"]
+__all__ = ["KLKwargs", "gradients", "head", "linear_kl", "linear_kl_value_and_grad"]
 
-Direction = Literal["forward", "reverse", "jsd"]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "reverse", "jsd")
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 
 class KLKwargs(TypedDict, total=False):
@@ -40,24 +40,24 @@ class KLKwargs(TypedDict, total=False):
 
     temperature: float
     reduction: Reduction
-    sample_weight: Any
-    denominator: Any
+    sample_weight: Array
+    denominator: Array
     backend: str | None
 
 
 def linear_kl(
-    x: Any,
-    W: Any,
-    teacher_x: Any,
-    teacher_W: Any,
-    b: Any = None,
-    teacher_b: Any = None,
+    x: ArrayLike,
+    W: ArrayLike,
+    teacher_x: ArrayLike,
+    teacher_W: ArrayLike,
+    b: ArrayLike | None = None,
+    teacher_b: ArrayLike | None = None,
     *,
     direction: Direction = "forward",
     memory_budget: int = DEFAULT_BUDGET,
-    stream: Any = None,
+    stream: Stream | None = None,
     **options: Unpack[KLKwargs],
-) -> Any:
+) -> Results:
     """Compute the divergence between the softmax of ``(x·W + b)/temperature`` and a teacher's, without storing any logits.
 
     Parameters
@@ -98,20 +98,20 @@ def linear_kl(
 
 
 def linear_kl_value_and_grad(
-    x: Any,
-    W: Any,
-    teacher_x: Any,
-    teacher_W: Any,
-    b: Any = None,
-    teacher_b: Any = None,
+    x: ArrayLike,
+    W: ArrayLike,
+    teacher_x: ArrayLike,
+    teacher_W: ArrayLike,
+    b: ArrayLike | None = None,
+    teacher_b: ArrayLike | None = None,
     *,
-    dout: Any = 1.0,
+    dout: ArrayLike = 1.0,
     needs: Iterable[str] = ALL,
     direction: Direction = "forward",
     memory_budget: int = DEFAULT_BUDGET,
-    stream: Any = None,
+    stream: Stream | None = None,
     **options: Unpack[KLKwargs],
-) -> Any:
+) -> Results:
     """Compute `linear_kl` and its gradients with respect to the student's operands, in one sweep.
 
     Parameters
@@ -149,11 +149,11 @@ def _run(
     teacher: Any,
     direction: Direction,
     memory_budget: int,
-    stream: Any,
+    stream: Stream,
     kwargs: KLKwargs,
-    dout: Any,
+    dout: Array,
     needs: Iterable[str],
-) -> tuple[Any, Any]:
+) -> tuple[Array, Array]:
     unknown = kwargs.keys() - KLKwargs.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown option {min(unknown)!r}; legal options are {', '.join(KLKwargs.__annotations__)}")
@@ -191,7 +191,7 @@ def head(
 
     acc = acc_dtype(operands.dtype(teacher_b))
 
-    def logits(rows: slice, classes: slice) -> Any:
+    def logits(rows: slice, classes: slice) -> Array:
         x2, W = operands.x2[rows], operands.W[:, classes]
         z = backend.empty((x2.shape[0], W.shape[1]), acc)
         backend.affine_forward(x2, W, None, z)
@@ -210,7 +210,7 @@ def head(
     return p._replace(source=source._replace(memory_budget=max(int(memory_budget) // 2, least)))
 
 
-def _teacher(backend: Backend, x: Any, W: Any, b: Any) -> tuple[Operands, Any]:
+def _teacher(backend: Backend, x: Array, W: Array, b: Array) -> tuple[Operands, Array]:
     try:
         W, b = affine_parameters(backend, W, b)
         return Operands.of(backend, x, W), b
@@ -218,7 +218,7 @@ def _teacher(backend: Backend, x: Any, W: Any, b: Any) -> tuple[Operands, Any]:
         raise type(error)(f"the teacher's {error}") from error
 
 
-def gradients(p: Problem, direction: Direction, dout: Any) -> tuple[Rows, Any]:
+def gradients(p: Problem, direction: Direction, dout: Array) -> tuple[Rows, Array]:
     """Compute the rows' losses and, as far as they are needed, ``dx, dW, db``."""
     source, loss = cast(Formed, p.source), _Divergence(p.backend, direction)
     if source.needs:
@@ -232,18 +232,18 @@ class _Divergence:
     def __init__(self, backend: Backend, direction: Direction) -> None:
         self.backend, self.direction = backend, direction
 
-    def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+    def cross_entropy_forward(self, logits: Array, target: Target, stats: bool) -> Rows:
         return self._sweep(logits, target, None, None)
 
-    def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+    def cross_entropy_backward(self, logits: Array, target: Target, rows: Rows, row_scale: Array, out: Array) -> None:
         self._sweep(logits, target, row_scale, out)
 
     def cross_entropy_forward_backward(
-        self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool
+        self, logits: Array, target: Target, row_scale: Array, out: Array, stats: bool
     ) -> Rows:
         return self._sweep(logits, target, row_scale, out)
 
-    def _sweep(self, logits: Any, target: Target, row_scale: Any, out: Any) -> Rows:
+    def _sweep(self, logits: Array, target: Target, row_scale: Array, out: Array) -> Rows:
         xp = self.backend.xp
         N, C = logits.shape
         losses = xp.empty(N, dtype=logits.dtype)
@@ -262,7 +262,7 @@ class _Divergence:
         return Rows(losses, losses, losses, losses, losses)
 
 
-def _divergence(xp: Any, direction: Direction, log_p: Any, log_q: Any, gradient: bool) -> tuple[Any, Any]:
+def _divergence(xp: Any, direction: Direction, log_p: Array, log_q: Array, gradient: bool) -> tuple[Array, Array]:
     """Compute each row's loss and its gradient with respect to z, by the equations above."""
     p, q = xp.exp(log_p), xp.exp(log_q)
     if direction == "forward":
@@ -277,6 +277,6 @@ def _divergence(xp: Any, direction: Direction, log_p: Any, log_q: Any, gradient:
     return (half + _mean(xp, q, log_q - log_m).sum(axis=1)) / 2, (f - p * half[:, None]) / 2 if gradient else None
 
 
-def _mean(xp: Any, mass: Any, value: Any) -> Any:
+def _mean(xp: Any, mass: Array, value: Any) -> Array:
     """mass·value, and 0 without mass, whatever the value."""
     return xp.where(mass == 0, mass, mass * value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple, Unpack
+from typing import NamedTuple, Unpack
 
 from swl.backends import Backend, Rows, resolve
 from swl.backends.registry import on_device
@@ -13,6 +13,7 @@ from swl.ops.chunks import DEFAULT_BUDGET, Gradients, Plan, Swept, plan, sweep
 from swl.ops.loss import Problem, problem
 from swl.ops.targets import ChunkedProbabilities
 from swl.options import OptionKwargs, Options
+from swl.typing import Array, ArrayLike, Results, Stream
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_value_and_grad"]
 
@@ -20,16 +21,16 @@ ALL = ("dx", "dW", "db")
 
 
 def linear_cross_entropy(
-    x: Any,
-    W: Any,
-    target: Any,
-    b: Any = None,
+    x: ArrayLike,
+    W: ArrayLike,
+    target: ArrayLike,
+    b: ArrayLike | None = None,
     *,
     memory_budget: int = DEFAULT_BUDGET,
     stats: bool = False,
-    stream: Any = None,
+    stream: Stream | None = None,
     **options: Unpack[OptionKwargs],
-) -> Any:
+) -> Results:
     """Compute the cross-entropy of ``x·W + b`` without storing the logits, forward only.
 
     Parameters
@@ -81,18 +82,18 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_value_and_grad(
-    x: Any,
-    W: Any,
-    target: Any,
-    b: Any = None,
+    x: ArrayLike,
+    W: ArrayLike,
+    target: ArrayLike,
+    b: ArrayLike | None = None,
     *,
-    dout: Any = 1.0,
+    dout: ArrayLike = 1.0,
     needs: Iterable[str] = ("dx", "dW", "db"),
     memory_budget: int = DEFAULT_BUDGET,
     stats: bool = False,
-    stream: Any = None,
+    stream: Stream | None = None,
     **options: Unpack[OptionKwargs],
-) -> Any:
+) -> Results:
     """Compute the loss of `linear_cross_entropy` and its gradients in one sweep: three matrix products in all.
 
     Parameters
@@ -134,7 +135,9 @@ def linear_cross_entropy_value_and_grad(
     return (done.value, gradients, done.stats()) if stats else (done.value, gradients)
 
 
-def _backend_of(x: Any, W: Any, target: Any, b: Any, kwargs: OptionKwargs, dout: Any = None) -> tuple[Backend, Options]:
+def _backend_of(
+    x: Array, W: Array, target: Array, b: Array, kwargs: OptionKwargs, dout: Array = None
+) -> tuple[Backend, Options]:
     options = Options.checked(kwargs)
     arrays = {"x": x, "W": W, "target": target, "b": b, **options.arrays(), "dout": dout}
     return resolve(options.backend, arrays), options
@@ -147,12 +150,12 @@ class Formed(NamedTuple):
     """Logits that are formed from inputs and weights, in chunks within a budget (`swl.ops.chunks`)."""
 
     operands: Operands
-    b: Any
+    b: Array
     memory_budget: int
     needs: Collection[str]  # the gradients that are wanted
 
     @property
-    def home(self) -> dict[str, Any]:
+    def home(self) -> dict[str, Array]:
         return {"W": self.operands.W}
 
     def cut(self, p: Problem, needs: Collection[str] = ()) -> Plan:
@@ -165,15 +168,15 @@ class Formed(NamedTuple):
     def forward(self, p: Problem, stats: bool) -> Rows:
         return sweep(p, self.operands.x2, self.operands.W, self.cut(p), stats=stats)
 
-    def forward_backward(self, p: Problem, dout: Any, stats: bool) -> tuple[Rows, Any]:
+    def forward_backward(self, p: Problem, dout: Array, stats: bool) -> tuple[Rows, Array]:
         return self.gradients(p, p.row_scale(dout), None, stats)
 
-    def backward(self, p: Problem, dout: Any, rows: Rows) -> Any:
+    def backward(self, p: Problem, dout: Array, rows: Rows) -> Array:
         return self.gradients(p, p.row_scale(dout), rows, False)[1]
 
     def gradients(
-        self, p: Problem, row_scale: Any, known: Rows | None, stats: bool, loss: Swept | None = None
-    ) -> tuple[Rows, Any]:
+        self, p: Problem, row_scale: Array, known: Rows | None, stats: bool, loss: Swept | None = None
+    ) -> tuple[Rows, Array]:
         """Compute rows and ``dx, dW, db`` in one sweep; from `known` rows of an earlier forward if there are any."""
         backend, x, x2, W, _ = self.operands
         needs = [name for name in self.needs if name != "db" or self.b is not None]
@@ -205,16 +208,16 @@ class Formed(NamedTuple):
             None if db is None else db.astype(self.b.dtype, copy=False),
         )
 
-    def probabilities(self, p: Problem, rows: Rows) -> Any:
+    def probabilities(self, p: Problem, rows: Rows) -> Array:
         raise NotImplementedError("the probabilities of a fused head are not formed")
 
 
 def check(
     backend: Backend,
-    x: Any,
-    W: Any,
-    b: Any,
-    target: Any,
+    x: Array,
+    W: Array,
+    b: Array,
+    target: Array,
     options: Options,
     memory_budget: int,
     needs: Collection[str] = ALL,

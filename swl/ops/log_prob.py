@@ -8,7 +8,7 @@ What reinforcement learning on tokens needs. With ``H = −Σ_c p_c·log p_c``, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -21,15 +21,16 @@ from swl.ops.linear_cross_entropy import check as check_linear
 from swl.ops.loss import Problem
 from swl.ops.rows import final_logits, plus_bias
 from swl.options import Options
+from swl.typing import Array, ArrayLike, Results, Stream
 
 __all__ = ["gradients", "head", "linear_log_prob", "linear_log_prob_value_and_grad", "values"]
 
 
 def linear_log_prob(
-    x: Any,
-    W: Any,
-    target: Any,
-    b: Any = None,
+    x: ArrayLike,
+    W: ArrayLike,
+    target: ArrayLike,
+    b: ArrayLike | None = None,
     *,
     temperature: float = 1.0,
     entropy: bool = False,
@@ -37,8 +38,8 @@ def linear_log_prob(
     memory_budget: int = DEFAULT_BUDGET,
     backend: str | None = None,
     check: bool | None = None,
-    stream: Any = None,
-) -> Any:
+    stream: Stream | None = None,
+) -> Results:
     """Compute ``log softmax((x·W + b)/temperature)`` at the target classes, and the entropy, without storing the logits.
 
     Parameters
@@ -83,21 +84,21 @@ def linear_log_prob(
 
 
 def linear_log_prob_value_and_grad(
-    x: Any,
-    W: Any,
-    target: Any,
-    b: Any = None,
+    x: ArrayLike,
+    W: ArrayLike,
+    target: ArrayLike,
+    b: ArrayLike | None = None,
     *,
-    dlog_prob: Any = 1.0,
-    dentropy: Any = None,
+    dlog_prob: ArrayLike = 1.0,
+    dentropy: ArrayLike | None = None,
     needs: Iterable[str] = ALL,
     temperature: float = 1.0,
     ignore_index: int = -100,
     memory_budget: int = DEFAULT_BUDGET,
     backend: str | None = None,
     check: bool | None = None,
-    stream: Any = None,
-) -> Any:
+    stream: Stream | None = None,
+) -> Results:
     """Compute `linear_log_prob` and the gradient of ``Σ dlog_prob·log_prob + dentropy·entropy``, in one sweep.
 
     Parameters
@@ -151,7 +152,14 @@ def _options(temperature: float, ignore_index: int, backend: str | None, check: 
 
 
 def head(
-    backend: Backend, x: Any, W: Any, target: Any, b: Any, options: Options, memory_budget: int, needs: Iterable[str]
+    backend: Backend,
+    x: Array,
+    W: Array,
+    target: Array,
+    b: Array,
+    options: Options,
+    memory_budget: int,
+    needs: Iterable[str],
 ) -> Problem:
     """Check inputs, target and options against parameters that were checked before."""
     p = check_linear(backend, x, W, b, target, options, memory_budget, tuple(needs))
@@ -160,7 +168,7 @@ def head(
     return p
 
 
-def values(p: Problem, rows: Rows) -> tuple[Any, Any]:
+def values(p: Problem, rows: Rows) -> tuple[Array, Array]:
     """Give the log-probabilities and, where the rows have it, the entropy."""
     xp = p.backend.xp
     H = rows.entropy
@@ -169,7 +177,7 @@ def values(p: Problem, rows: Rows) -> tuple[Any, Any]:
     return (0 - rows.loss).reshape(p.leading), H
 
 
-def gradients(p: Problem, dlog_prob: Any, dentropy: Any, known: Rows | None = None) -> tuple[Rows, Any]:
+def gradients(p: Problem, dlog_prob: Array, dentropy: Array, known: Rows | None = None) -> tuple[Rows, Array]:
     """Compute rows and ``dx, dW, db``, from `known` rows of an earlier forward, which had statistics, if there are any."""
     xp = p.backend.xp
     source, scale = cast(Formed, p.source), p.row_scale(dlog_prob, "dlog_prob")
@@ -186,17 +194,17 @@ class _LogProb:
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
 
-    def cross_entropy_forward(self, logits: Any, target: Target, stats: bool) -> Rows:
+    def cross_entropy_forward(self, logits: Array, target: Target, stats: bool) -> Rows:
         return self.backend.cross_entropy_forward(logits, target, stats)
 
     def cross_entropy_forward_backward(
-        self, logits: Any, target: Target, row_scale: Any, out: Any, stats: bool
+        self, logits: Array, target: Target, row_scale: Array, out: Array, stats: bool
     ) -> Rows:
         rows = self.cross_entropy_forward(logits, target, stats)
         self.cross_entropy_backward(logits, target, rows, row_scale, out)
         return rows
 
-    def cross_entropy_backward(self, logits: Any, target: Target, rows: Rows, row_scale: Any, out: Any) -> None:
+    def cross_entropy_backward(self, logits: Array, target: Target, rows: Rows, row_scale: Array, out: Array) -> None:
         xp = self.backend.xp
         N, C = logits.shape
         column = target.ids - target.first_class

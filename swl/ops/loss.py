@@ -16,6 +16,7 @@ from swl.backends import Backend, Rows, Target
 from swl.ops.checks import real_array, require_shape, size_of
 from swl.ops.targets import CheckedTarget, check_target, weighted_count
 from swl.options import DEFAULTS, Options, require_magnitudes
+from swl.typing import Array
 
 __all__ = ["Loss", "Problem", "RowStats", "Source", "inverse", "problem"]
 
@@ -27,15 +28,15 @@ class RowStats(NamedTuple):
     float32 sum has no bits left for the logarithm.
     """
 
-    row_max: Any
+    row_max: Array
     """max_c z_c."""
-    log_sum: Any
+    log_sum: Array
     """log Σ_c exp(z_c − row_max), in nats."""
-    log_prob: Any
+    log_prob: Array
     """log p_t, or Σ_c q_c·log p_c for probabilities, in nats, without weights or smoothing; 0 for an ignored row."""
-    entropy: Any
+    entropy: Array
     """−Σ_c p_c·log p_c, in nats."""
-    argmax: Any
+    argmax: Array
     """The class with the largest logit, the first of equals; int64."""
 
 
@@ -43,19 +44,19 @@ class Source(Protocol):
     """Where the logits of a loss are, and how they are swept. Gradients are of what the logits are made of."""
 
     @property
-    def home(self) -> dict[str, Any]:
+    def home(self) -> dict[str, Array]:
         """The array, by name, that says on which device the work is done."""
 
     def forward(self, p: Problem, stats: bool) -> Rows:
         """Compute the rows of the loss."""
 
-    def forward_backward(self, p: Problem, dout: Any, stats: bool) -> tuple[Rows, Any]:
+    def forward_backward(self, p: Problem, dout: Array, stats: bool) -> tuple[Rows, Array]:
         """Compute rows and gradients in one sweep; bitwise as `forward`, then `backward`."""
 
-    def backward(self, p: Problem, dout: Any, rows: Rows) -> Any:
+    def backward(self, p: Problem, dout: Array, rows: Rows) -> Array:
         """Compute the gradients from the rows of an earlier `forward`; any number of times."""
 
-    def probabilities(self, p: Problem, rows: Rows) -> Any:
+    def probabilities(self, p: Problem, rows: Rows) -> Array:
         """Compute softmax(z), shape (..., C), of the arithmetic's dtype."""
 
 
@@ -69,8 +70,8 @@ class Problem(NamedTuple):
     leading: tuple[int, ...]  # (...) of the rows
     n_rows: int
     acc: np.dtype[Any]  # of the arithmetic
-    sample_weight: Any  # (N,), acc; or None
-    denominator: Any  # what the mean divides by, a float or a 0-d array; None for the other reductions
+    sample_weight: Array  # (N,), acc; or None
+    denominator: Array  # what the mean divides by, a float or a 0-d array; None for the other reductions
 
     def forward(self, stats: bool = False) -> Loss:
         """Compute the loss."""
@@ -79,19 +80,19 @@ class Problem(NamedTuple):
             self._finish()
             return Loss(self.reduce(rows.loss), self, rows)
 
-    def forward_backward(self, dout: Any = 1.0, stats: bool = False) -> tuple[Loss, Any]:
+    def forward_backward(self, dout: Array = 1.0, stats: bool = False) -> tuple[Loss, Array]:
         """Compute the loss and its gradients in one sweep."""
         with self.backend.scope(**self.source.home, dout=dout):
             rows, gradients = self.source.forward_backward(self, dout, stats)
             self._finish()
             return Loss(self.reduce(rows.loss), self, rows), gradients
 
-    def row_scale(self, dout: Any, name: str = "dout") -> Any:
+    def row_scale(self, dout: Array, name: str = "dout") -> Array:
         """Fold upstream gradient, row weights and denominator into what a backward kernel takes: (N,) or (1,)."""
         xp, options = self.backend.xp, self.options
         if isinstance(dout, (int, float)):
             try:
-                scale: Any = float(dout)
+                scale: Array = float(dout)
             except OverflowError as error:
                 raise ValueError(f"{name} is an integer beyond the largest float") from error
         else:
@@ -110,7 +111,7 @@ class Problem(NamedTuple):
             return xp.full(1, scale, dtype=self.acc)
         return xp.asarray(scale, dtype=self.acc).reshape(-1)
 
-    def reduce(self, loss: Any) -> Any:
+    def reduce(self, loss: Array) -> Array:
         """Reduce the rows' losses ``(N,)``."""
         if self.sample_weight is not None:
             loss = loss * self.sample_weight
@@ -135,13 +136,13 @@ class Loss:
     def __init__(self, value: Any, problem: Problem, rows: Rows) -> None:
         self.value, self.problem, self.rows = value, problem, rows
 
-    def backward(self, dout: Any = 1.0) -> Any:
+    def backward(self, dout: Array = 1.0) -> Array:
         """Compute ``dout · ∂loss`` with respect to what the logits are made of."""
         p = self.problem
         with p.backend.scope(**p.source.home, dout=dout):
             return p.source.backward(p, dout, self.rows)
 
-    def probabilities(self) -> Any:
+    def probabilities(self) -> Array:
         """Compute softmax(z), shape (..., C), of the arithmetic's dtype."""
         p = self.problem
         with p.backend.scope(**p.source.home):
@@ -152,7 +153,7 @@ class Loss:
         return RowStats(*(getattr(self.rows, name).reshape(self.problem.leading) for name in RowStats._fields))
 
 
-def _denominator(backend: Backend, given: Any) -> Any:
+def _denominator(backend: Backend, given: Array) -> Array:
     """Bring a denominator that was given to a float, on a device to a 0-d array if it is one."""
     if isinstance(given, numbers.Real):
         return float(given)
@@ -161,7 +162,7 @@ def _denominator(backend: Backend, given: Any) -> Any:
     return float(array) if backend.xp is np else array
 
 
-def inverse(xp: Any, denominator: Any) -> Any:
+def inverse(xp: Any, denominator: Array) -> Array:
     """Return 1/denominator, and 0 where nothing counts."""
     if isinstance(denominator, float):
         return 1.0 / denominator if denominator else 0.0
@@ -171,12 +172,12 @@ def inverse(xp: Any, denominator: Any) -> Any:
 def problem(
     backend: Backend,
     source: Source,
-    target: Any,
+    target: Array,
     leading: tuple[int, ...],
     C: int,
     acc: np.dtype[Any],
     options: Options,
-    bias: Any = None,
+    bias: Array = None,
 ) -> Problem:
     """Check target and options against logits of shape ``(*leading, C)``; a `CheckedTarget` is taken as it is."""
     xp = backend.xp

@@ -16,11 +16,12 @@ import numpy as np
 
 from swl.backends import Rows
 from swl.backends.protocol import IGNORED, INVALID, Target, joined
+from swl.typing import Array
 
 __all__ = ["combine", "final_logits", "log_softmax", "plain_mass", "plus_bias", "row_loss"]
 
 
-def row_loss(xp: Any, rows: Rows, target: Target) -> Any:
+def row_loss(xp: Any, rows: Rows, target: Target) -> Array:
     """Loss = A·S − d + λ·m·(M + S)²; 0 for an ignored row, NaN for an invalid one."""
     loss = rows.mass * rows.log_sum - rows.target_dot
     if target.z_loss:
@@ -33,7 +34,7 @@ def row_loss(xp: Any, rows: Rows, target: Target) -> Any:
     return xp.where(target.ids == INVALID, loss.dtype.type(np.nan), loss)
 
 
-def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int], plain_mass: Sequence[Any]) -> Rows:
+def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int], plain_mass: Sequence[Array]) -> Rows:
     """Combine the rows of all shards of the classes.
 
     Parameters
@@ -99,7 +100,7 @@ def combine(xp: Any, parts: Sequence[Rows], target: Target, starts: Sequence[int
         return rows._replace(entropy=S - expected / (1 + above), log_prob=log_prob, argmax=argmax)
 
 
-def _sum(terms: list[Any]) -> Any:
+def _sum(terms: list[Array]) -> Array:
     """Add in the order of the shards."""
     result = terms[0]
     for term in terms[1:]:
@@ -107,24 +108,24 @@ def _sum(terms: list[Any]) -> Any:
     return result
 
 
-def _times(xp: Any, mass: Any, value: Any) -> Any:
+def _times(xp: Any, mass: Array, value: Any) -> Array:
     """mass·value, and 0 without mass, at −inf too."""
     return xp.where(mass == 0, value.dtype.type(0), mass * value)
 
 
-def plus_bias(logits: Any, target: Target) -> Any:
+def plus_bias(logits: Array, target: Target) -> Array:
     """Add the bias, in a new array."""
     return logits.copy() if target.bias is None else logits + target.bias
 
 
-def log_softmax(xp: Any, z: Any) -> Any:
+def log_softmax(xp: Any, z: Array) -> Array:
     """Compute log p = (z − M) − S in a new array."""
     log_p = z - z.max(axis=1, keepdims=True)
     log_p -= xp.log(xp.exp(log_p).sum(axis=1, keepdims=True, dtype=np.float64)).astype(z.dtype)
     return log_p
 
 
-def final_logits(xp: Any, z: Any, target: Target) -> Any:
+def final_logits(xp: Any, z: Array, target: Target) -> Array:
     """Turn logits, bias added, which may be written over, into the z of which the loss is the cross-entropy."""
     if target.temperature != 1:
         z /= target.temperature
@@ -135,7 +136,7 @@ def final_logits(xp: Any, z: Any, target: Target) -> Any:
     return z
 
 
-def plain_mass(xp: Any, target: Target, n_classes: int, acc: Any) -> Any:
+def plain_mass(xp: Any, target: Target, n_classes: int, acc: Any) -> Array:
     """Σ_c q_c over the target's classes: the target's mass there without weights or smoothing, shape (N,)."""
     if target.ids is None:
         return target.probs.sum(axis=1, dtype=acc)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from swl.backends import resolve
 from swl.ops.checks import acc_dtype, any_array, float_array, require_integer, shown
+from swl.typing import Array, ArrayLike
 
 __all__ = ["accuracy", "softmax"]
 
 
-def softmax(x: Any, axis: int = -1) -> Any:
+def softmax(x: ArrayLike, axis: int = -1) -> Array:
     """Return ``exp(x)/Σ exp(x)`` along an axis, of the dtype of `x`.
 
     Parameters
@@ -49,7 +49,7 @@ def softmax(x: Any, axis: int = -1) -> Any:
         return (e / e.sum(axis=axis, keepdims=True)).astype(x.dtype, copy=False)
 
 
-def accuracy(scores: Any, target: Any, *, ignore_index: int = -100) -> Any:
+def accuracy(scores: ArrayLike, target: ArrayLike, *, ignore_index: int = -100) -> Array:
     """Return the share of rows whose largest score is at the class of the target.
 
     Parameters

@@ -9,6 +9,7 @@ import numpy as np
 
 from swl.backends import Backend
 from swl.ops.checks import any_array, real_array, require_shape, size_of
+from swl.typing import Array
 
 __all__ = ["CheckedTarget", "ChunkedProbabilities", "check_target"]
 
@@ -16,10 +17,10 @@ __all__ = ["CheckedTarget", "ChunkedProbabilities", "check_target"]
 class CheckedTarget(NamedTuple):
     """A target whose dtype, shape and ids were checked; the fields are those of `swl.backends.protocol.Target`."""
 
-    ids: Any = None
-    probs: Any = None
-    row_weight: Any = None
-    count: Any = 0.0  # Σ_n m_n: a float on a host, a 0-d array on a device
+    ids: Array = None
+    probs: Array = None
+    row_weight: Array = None
+    count: Array = 0.0  # Σ_n m_n: a float on a host, a 0-d array on a device
 
 
 class ChunkedProbabilities:
@@ -32,7 +33,7 @@ class ChunkedProbabilities:
         rows, classes = index if isinstance(index, tuple) else (index, slice(None))
         return ChunkedProbabilities(self.give, _within(self.rows, rows), _within(self.classes, classes))
 
-    def array(self, backend: Backend) -> Any:
+    def array(self, backend: Backend) -> Array:
         """Ask for the chunk, and check what came."""
         shape = self.rows.stop - self.rows.start, self.classes.stop - self.classes.start
         q = real_array(backend, "target of probabilities", self.give(self.rows, self.classes))
@@ -47,7 +48,7 @@ def _within(outer: slice, inner: slice) -> slice:
 
 
 def check_target(
-    backend: Backend, target: Any, leading: tuple[int, ...], C: int, ignore_index: int, weight: Any
+    backend: Backend, target: Array, leading: tuple[int, ...], C: int, ignore_index: int, weight: Array
 ) -> CheckedTarget:
     """Check a target against logits of shape ``(*leading, C)``.
 
@@ -87,7 +88,7 @@ def check_target(
     )
 
 
-def weighted_count(xp: Any, target: CheckedTarget, sample_weight: Any) -> Any:
+def weighted_count(xp: Any, target: CheckedTarget, sample_weight: Array) -> Array:
     """Return Σ_n s_n·m_n, summed in float64."""
     if target.row_weight is not None:
         sample_weight = sample_weight * target.row_weight

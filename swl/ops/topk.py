@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from swl.backends.protocol import joined
+from swl.typing import Array
 
 __all__ = ["Best", "largest"]
 
@@ -19,10 +20,10 @@ class Best:
 
     def __init__(self, xp: Any, k: int) -> None:
         self.xp, self.k = xp, k
-        self.ids: Any = None  # (N, up to k)
-        self.scores: Any = None  # likewise
+        self.ids: Array = None  # (N, up to k)
+        self.scores: Array = None  # likewise
 
-    def add(self, scores: Any, first: int) -> None:
+    def add(self, scores: Array, first: int) -> None:
         """Take in the scores ``(N, n)`` of the classes from `first` on, which lie behind those taken in before."""
         xp = self.xp
         scores = xp.where(xp.isnan(scores), scores.dtype.type(np.inf), scores)
@@ -35,7 +36,7 @@ class Best:
         self.ids, self.scores = ids, scores
 
 
-def largest(xp: Any, z: Any, k: int) -> Any:
+def largest(xp: Any, z: Array, k: int) -> Array:
     """Find where the k largest of each row are: largest first, the first of equals first."""
     if xp is not np:
         return xp.argsort(-z, axis=1)[:, :k]  # CuPy's sort is stable, and leaves no count for the host to wait for

@@ -28,6 +28,7 @@ from swl.torch._linear import Formed, scale_gradients
 from swl.torch._loss import Loss, batched, check, require_tensors, route
 from swl.torch._options import as_arrays, autocast_dtype, checked
 from swl.torch._stats import of_rows, result
+from swl.typing import Reduction, Results
 
 __all__ = ["ClassParallelLinearCrossEntropyLoss", "class_parallel_linear_cross_entropy"]
 
@@ -38,18 +39,18 @@ def class_parallel_linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
-    process_group: Any = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
     *,
     linear_bias: Tensor | None = None,
     sizes: Sequence[int] | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int = DEFAULTS.ignore_index,
     label_smoothing: float = 0.0,
     memory_budget: int = DEFAULT_BUDGET,
     stats: bool = False,
     **extra: Unpack[ExtraKwargs],
-) -> Any:
+) -> Results:
     """Compute `linear_cross_entropy` over classes that are spread over the processes of a group.
 
     All ranks of the group call it together, and `backward` too, with the same `input` and `target`. Of each row they exchange
@@ -349,11 +350,11 @@ class ClassParallelLinearCrossEntropyLoss(torch.nn.Module):
 
     def __init__(
         self,
-        process_group: Any = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
         *,
         sizes: Sequence[int] | None = None,
         weight: Tensor | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         ignore_index: int = DEFAULTS.ignore_index,
         label_smoothing: float = 0.0,
         memory_budget: int = DEFAULT_BUDGET,
@@ -374,7 +375,7 @@ class ClassParallelLinearCrossEntropyLoss(torch.nn.Module):
         *,
         stats: bool = False,
         **extra: Unpack[ExtraKwargs],
-    ) -> Any:
+    ) -> Results:
         """Compute the loss; options given here, as `sample_weight` of a batch, come before those of the module."""
         if self.sizes is None:
             mesh = mesh_of(linear_weight)

@@ -30,6 +30,7 @@ from swl.torch._loss import (
 )
 from swl.torch._options import ACC, are_defaults, checked, packed, unpacked
 from swl.torch._stats import composed_stats, fake_kept, kept_stats, of_kept, of_rows, result
+from swl.typing import Reduction, Results
 
 __all__ = ["cross_entropy"]
 
@@ -41,12 +42,12 @@ def cross_entropy(
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     *,
     stats: bool = False,
     **extra: Unpack[ExtraKwargs],
-) -> Any:
+) -> Results:
     """Compute the cross-entropy of logits: `torch.nn.functional.cross_entropy` on swl's kernels.
 
     Parameters

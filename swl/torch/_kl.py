@@ -12,13 +12,13 @@ from torch.utils.flop_counter import register_flop_formula
 from swl.ops import kl as ops
 from swl.ops.checks import F64
 from swl.ops.chunks import DEFAULT_BUDGET
-from swl.ops.kl import Direction
 from swl.ops.linear_cross_entropy import ALL
 from swl.options import DEFAULTS, Options
 from swl.torch._affine import autocast_operands, check_affine, form_logits, matrix, products
 from swl.torch._bridge import Bridge, bridge
 from swl.torch._loss import require_tensors, route
 from swl.torch._options import checked
+from swl.typing import Direction
 
 __all__ = ["linear_kl"]
 

@@ -33,6 +33,7 @@ from swl.torch._loss import (
 )
 from swl.torch._options import ACC, as_arrays, autocast_dtype, checked, packed, unpacked
 from swl.torch._stats import composed_stats, fake_kept, kept_stats, of_kept, of_rows, result
+from swl.typing import Reduction, Results
 
 __all__ = ["Formed", "linear_cross_entropy", "scale_gradients"]
 
@@ -44,14 +45,14 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-    options: Any = None,
+    options: torch.nn.LinearCrossEntropyOptions | None = None,
     memory_budget: int = DEFAULT_BUDGET,
     stats: bool = False,
     **extra: Unpack[ExtraKwargs],
-) -> Any:
+) -> Results:
     """Compute the cross-entropy of ``input·linear_weightᵀ + linear_bias`` without storing the logits.
 
     `torch.nn.functional.linear_cross_entropy` on swl's kernels.
@@ -161,12 +162,12 @@ def _positions(
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    reduction: str,
+    reduction: Reduction,
     ignore_index: int | None,
     label_smoothing: float,
     stats: bool,
     extra: ExtraKwargs,
-) -> Any:
+) -> Results:
     """Do a loss with a head of its own for every position: one product, and the logits stored."""
     C, *positions, D = linear_weight.shape
     if input.ndim != 2:

@@ -20,6 +20,7 @@ from swl.torch._bridge import Bridge, bridge
 from swl.torch._composed import check_values, composed
 from swl.torch._loss import batched, check, require_tensors, route
 from swl.torch._options import ACC, checked
+from swl.typing import Results
 
 __all__ = ["linear_log_prob"]
 
@@ -34,7 +35,7 @@ def linear_log_prob(
     entropy: bool = False,
     ignore_index: int = DEFAULTS.ignore_index,
     memory_budget: int = DEFAULT_BUDGET,
-) -> Any:
+) -> Results:
     """Compute ``log softmax((input·linear_weightᵀ + linear_bias)/temperature)`` at the target, without storing the logits.
 
     Parameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from swl.options import ExtraKwargs
 from swl.torch._affine import affine
 from swl.torch._cross_entropy import cross_entropy
 from swl.torch._linear import linear_cross_entropy
+from swl.typing import Reduction, Results
 
 __all__ = ["Affine", "CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
@@ -55,14 +56,14 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         **extra: Unpack[ExtraKwargs],
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.extra = extra
 
-    def forward(self, input: Tensor, target: Tensor, *, stats: bool = False, **extra: Unpack[ExtraKwargs]) -> Any:
+    def forward(self, input: Tensor, target: Tensor, *, stats: bool = False, **extra: Unpack[ExtraKwargs]) -> Results:
         """Compute the loss; options given here, as `sample_weight` of a batch, come before those of the module."""
         return cross_entropy(
             input,
@@ -105,13 +106,13 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         *,
         out_features: tuple[int, ...] = (),
         bias: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-        reduction: str = "mean",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: Reduction = "mean",
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
-        options: Any = None,
+        options: torch.nn.LinearCrossEntropyOptions | None = None,
         memory_budget: int = DEFAULT_BUDGET,
         **extra: Unpack[ExtraKwargs],
     ) -> None:
@@ -126,7 +127,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype
         )
 
-    def forward(self, input: Tensor, target: Tensor, *, stats: bool = False, **extra: Unpack[ExtraKwargs]) -> Any:
+    def forward(self, input: Tensor, target: Tensor, *, stats: bool = False, **extra: Unpack[ExtraKwargs]) -> Results:
         """Compute the loss; options given here, as `sample_weight` of a batch, come before those of the module."""
         shape, linear = (self.num_classes, *self.out_features), self.linear
         return linear_cross_entropy(

@@ -12,11 +12,12 @@ from swl.ops.loss import RowStats
 from swl.options import Options
 from swl.torch._composed import class_ids, final_logits, log_p
 from swl.torch._loss import Loss, logits_rows
+from swl.typing import Results
 
 __all__ = ["composed_stats", "fake_kept", "kept_stats", "of_kept", "of_rows", "result"]
 
 
-def result(found: tuple[Tensor, ...], shape: torch.Size) -> Any:
+def result(found: tuple[Tensor, ...], shape: torch.Size) -> Results:
     """Return what the caller gets: the loss, and the by-products in the shape of the rows if there are any."""
     loss, *stats = found
     return (loss, RowStats(*(t.view(shape) for t in stats))) if stats else loss
