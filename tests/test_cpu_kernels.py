@@ -39,10 +39,9 @@ def results() -> list[bytes]:
 
 @pytest.fixture
 def one_thread() -> Iterator[list[bytes]]:
-    before = POOL.threads
     swl.set_num_threads(1)
     yield results()
-    swl.set_num_threads(before)
+    swl.set_num_threads()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
@@ -128,12 +127,12 @@ def test_an_error_of_any_thread_reaches_the_caller(one_thread: list[bytes]) -> N
     assert results() == one_thread  # and the pool goes on
 
 
-def test_offsets_past_two_to_the_32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_thread")
+def test_offsets_past_two_to_the_32() -> None:
     """Row 4096 of 2²⁰ classes, on one thread: an offset of 32 bits would be row 0.
 
     The rows between are ignored, so that they are never read and their 17 GB of memory never exist.
     """
-    monkeypatch.setattr(POOL, "threads", 1)
     N, C = 4097, 2**20
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
     memory = mmap.mmap(-1, 4 * N * C, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from needs import TORCH
 
 import swl
 from swl.backends.host.limits import SHARED, default_threads, processors
@@ -52,7 +54,25 @@ def test_threads_at_work_are_those_that_were_granted_and_bits_do_not_depend_on_t
         **{at_work(**{name: "1"}): 1 for name in SHARED},
     }
     if hasattr(os, "sched_setaffinity"):
-        found[at_work(FIRST="os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})")] = 1
+        mask = "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+        found[at_work(FIRST=mask)] = 1
+        found[at_work(FIRST="POOL.run(lambda *_: None, 100); " + mask)] = 1  # the threads are there already
+        found[at_work(FIRST=mask, SWL_NUM_THREADS="3")] = 3
+    for (threads, _), want in found.items():
+        assert threads == want
+    assert len({digest for _, digest in found}) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason=TORCH)
+def test_torchs_number_is_followed_and_ours_overrides_it() -> None:
+    followed = "import torch, swl.torch; POOL.run(lambda *_: None, 100); torch.set_num_threads({})"
+    found = {
+        at_work(FIRST=followed.format(1)): 1,
+        at_work(FIRST=followed.format(1), SWL_NUM_THREADS="2"): 2,
+        at_work(FIRST=followed.format(1) + "; swl.set_num_threads(2)"): 2,
+        at_work(FIRST=followed.format(1) + "; swl.set_num_threads(2); swl.set_num_threads(None)"): 1,
+        at_work(FIRST=followed.format(1) + "; torch.set_num_threads(64)"): processors(),  # not more than there are
+    }
     for (threads, _), want in found.items():
         assert threads == want
     assert len({digest for _, digest in found}) == 1

@@ -354,13 +354,13 @@ def share_processors(machine: Any) -> Iterator[None]:
     """
     here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     ranks = machine.allgather(here).count(here)
-    share, before = max(1, len(here) // ranks), POOL.threads
+    share, before = max(1, len(here) // ranks), POOL.granted
     said = any(os.environ.get(name) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
     blas = None if said else control()
     blas_before = share if blas is None else blas.get()
     with contextlib.ExitStack() as undo:
-        if before == len(here) != share:
-            undo.callback(POOL.resize, before)
+        if before.number == len(here) != share:
+            undo.callback(POOL.resize, *before)
             POOL.resize(share)
         if blas is not None and blas_before > share:
             undo.callback(blas.set, blas_before)

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from swl.backends import Backend, get, host_backend
 from swl.backends import device as device_backend
+from swl.backends.host.threads import POOL
 from swl.backends.protocol import TF32
 from swl.errors import BackendUnavailable
 
 __all__ = ["Bridge", "Cuda", "Host", "bridge", "host_scalar", "share_memory_pool"]
+
+POOL.limit("torch.get_num_threads", torch.get_num_threads)
 
 
 class Bridge(Protocol):

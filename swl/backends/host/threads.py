@@ -16,12 +16,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
 
-from swl.backends.host.limits import default_threads
+from swl.backends.host.limits import OWN, Threads, default_threads, processors
 
 __all__ = ["POOL", "get_num_threads", "set_num_threads"]
 
 PIECES = 8
 """Ranges for each thread, at most: who wakes up late, or shares a processor, takes fewer of them."""
+
+
+SET = "set_num_threads"
+"""The source of a number that the user has set."""
 
 
 class _Job:
@@ -92,8 +96,9 @@ _current_processor = _find_current_processor()
 class _Crew:
     """The threads of a pool of one size, with the queue from which they take jobs."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, granted: Threads) -> None:
+        self.granted = granted
+        self.threads = granted.number
         self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self.workers: list[int] = []  # their names to the system
         self._started: list[int] = []
@@ -145,35 +150,45 @@ class Pool:
     def __init__(self) -> None:
         self._current: dict[None, _Crew] = {}  # one, from the first use on
         self._crews: set[_Crew] = set()  # it, and those still to be dismissed
+        self._limits: dict[str, Callable[[], int]] = {"processors": processors}  # which may have become fewer
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)  # the threads stayed with the parent
 
     def _forget(self) -> None:
-        size, self._current = self._current and self.threads, {}
+        granted, self._current = self._current and self._crew.granted, {}
         self._crews = set()
-        if size:
-            self.resize(size)
+        if granted:
+            self.resize(*granted)
 
     @property
     def _crew(self) -> _Crew:
         crew = self._current.get(None)
         if crew is None:  # of several threads that come first, one has its way
-            crew = self._current.setdefault(None, _Crew(default_threads().number))
+            crew = self._current.setdefault(None, _Crew(default_threads()))
             self._crews.add(crew)
         return crew
+
+    def limit(self, source: str, number: Callable[[], int]) -> None:
+        """Let another program in this process limit the threads, unless the user has set their number."""
+        self._limits[source] = number
+
+    @property
+    def granted(self) -> Threads:
+        """How many threads there are, the caller's own among them, and who says so."""
+        granted = self._crew.granted
+        if granted.source in (SET, OWN):
+            return granted
+        found = (Threads(number(), source) for source, number in self._limits.items())
+        return min(granted, *found, key=lambda threads: threads.number)
 
     @property
     def threads(self) -> int:
         """The number of threads, the caller's own among them."""
-        return self._crew.threads
+        return self.granted.number
 
-    @threads.setter
-    def threads(self, threads: int) -> None:
-        self.resize(threads)
-
-    def resize(self, threads: int) -> None:
+    def resize(self, threads: int, source: str = SET) -> None:
         """Use this many threads from now on."""
-        crew = _Crew(threads)
+        crew = _Crew(Threads(threads, source))
         self._current[None] = crew
         self._crews.add(crew)
         for crew in self._crews.copy():
@@ -187,14 +202,15 @@ class Pool:
         Where an error or an interrupt ends the work early, nobody is at work any more when it reaches the caller.
         """
         crew = self._crew
-        parts = min(n // grain, PIECES * crew.threads)
-        if crew.threads == 1 or parts <= 1:
+        threads = 1 if crew.threads == 1 or n // grain <= 1 else self.threads
+        if threads == 1:
             work(0, n)
             return
+        parts = min(n // grain, PIECES * threads)
         job = _Job(work, n, parts)
         wait = job.uninterrupted()
         try:
-            helpers = min(crew.recruit(), parts - 1)
+            helpers = min(crew.recruit(), threads - 1, parts - 1)
             crew.keep_off()
             for _ in range(helpers):
                 crew.jobs.put(job)
@@ -221,8 +237,9 @@ def set_num_threads(n: int | None = None) -> None:
     """Set the number of threads that the Numba backend uses; None for what the process starts with.
 
     That is ``SWL_NUM_THREADS`` where the environment has it, or else the least of: the processors this process may run on, the
-    CPU quota of its control groups, ``OMP_NUM_THREADS``, ``NUMBA_NUM_THREADS`` and ``OPENBLAS_NUM_THREADS``. Results are the same,
-    to the last bit, for any number.
+    CPU quota of its control groups, ``OMP_NUM_THREADS``, ``NUMBA_NUM_THREADS`` and ``OPENBLAS_NUM_THREADS``. In the second case
+    processors that are taken away later count too, and once `swl.torch` is imported ``torch.get_num_threads()``. Results are the
+    same, to the last bit, for any number.
 
     Raises
     ------
@@ -236,7 +253,8 @@ def set_num_threads(n: int | None = None) -> None:
     >>> swl.set_num_threads()
     """
     if n is None:
-        n = default_threads().number
+        POOL.resize(*default_threads())
+        return
     if isinstance(n, bool) or not isinstance(n, int):
         raise TypeError(f"n must be an integer above 0 or None, got {n!r}")
     if n < 1:

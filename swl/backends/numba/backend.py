@@ -9,7 +9,6 @@ import numba
 import numpy as np
 
 from swl.backends import Backend, Rows
-from swl.backends.host.limits import default_threads
 from swl.backends.host.memory import MEMORY
 from swl.backends.host.threads import POOL
 from swl.backends.numba import gemm as _gemm
@@ -61,10 +60,9 @@ READS_HALVES = reads_halves()
 def _threads() -> str:
     """Say how many there are, and why."""
     try:
-        default = default_threads()
+        return "{} ({})".format(*POOL.granted)
     except ValueError as error:
         return str(error)
-    return f"{POOL.threads} ({default.source if default.number == POOL.threads else 'set_num_threads'})"
 
 
 def _vector(x: Any | None, dtype: Any) -> Any:
