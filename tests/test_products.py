@@ -150,6 +150,19 @@ def test_infinities_and_nans_stay_in_their_rows_and_columns() -> None:
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["e", "b", "f", "d"])
+def test_a_gradient_is_rounded_where_it_lies(host_backend: Any, name: str, place: str) -> None:
+    x = np.random.default_rng(0).standard_normal((301, 1003)).astype(np.float32) * np.float32(1e-6)
+    a = put_down(np.repeat(x[:1], 301, 0) if place == "repeated" else x, place, around=np.nan)
+    got, want = host_backend.ops.rounded(a, np.dtype(DTYPES[name])), a.astype(DTYPES[name])
+    assert got.dtype == want.dtype
+    assert (got == want).all()
+    assert (got is a) == (name == "f")
+    if name != "f" and place in ("plain", "transposed"):
+        assert got.flags.c_contiguous == (place == "plain")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="memory is protected by another call there")
 def test_nothing_beside_the_operands_is_touched() -> None:
     program = str(Path(__file__).with_name("guarded.py"))

@@ -143,6 +143,9 @@ class Backend(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         """Give an uninitialised C-ordered array for a result."""
 
+    def rounded(self, a: Array, dtype: DTypeLike) -> Array:
+        """Bring an array to another dtype, in the same layout; itself if it is of it."""
+
     def affine_forward(self, x: Array, W: Array, b: Array | None, out: Array) -> None:
         """``out = x @ W + b`` for `x` (N, D), `W` (D, K), `b` (K,) or None, `out` (N, K)."""
 

@@ -144,7 +144,7 @@ class Shard(NamedTuple):
             dx = dx.astype(x2.dtype, copy=False)
         return rows, (
             None if dx is None else dx.reshape(x.shape),
-            None if dW is None else dW.astype(W.dtype, copy=False),
+            None if dW is None else backend.rounded(dW, W.dtype),
             None if db is None else db.astype(self.b.dtype, copy=False),
         )
 

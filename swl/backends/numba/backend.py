@@ -92,6 +92,15 @@ class NumbaBackend(NumpyBackend):
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return MEMORY.empty(shape, dtype)
 
+    def rounded(self, a: Any, dtype: Any) -> Any:
+        if a.dtype == dtype or a.dtype != _F32 or a.ndim != 2:
+            return super().rounded(a, dtype)
+        if a.strides[0] < a.strides[1]:
+            return self.rounded(a.T, dtype).T
+        a, out = np.ascontiguousarray(a), self.empty(a.shape, dtype)
+        POOL.run(lambda begin, end: round_into(a[begin:end], out[begin:end]), len(a), -(-GRAIN // max(a.shape[1], 1)))
+        return out
+
     def affine_forward(self, x: Any, W: Any, b: Any | None, out: Any) -> None:
         product(x, W, out, b)
 
