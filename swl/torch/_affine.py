@@ -12,10 +12,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from swl.ops.affine import Operands
 from swl.torch._bridge import Bridge, bridge
+from swl.torch._composed import placed
 from swl.torch._loss import FLOATS, batched, require_tensors, route
 from swl.torch._options import autocast_dtype
 
-__all__ = ["affine", "autocast_operands", "check_affine", "form_logits", "matrix", "products"]
+__all__ = ["affine", "checked_operands", "form_logits", "matrix", "products"]
+
+
+HEAD = ("input", "linear_weight", "linear_bias")
+"""What a head calls its operands."""
 
 
 def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,8 +50,7 @@ def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tensor([11., 22.])
     """
     require_tensors("affine", input=input, weight=weight, bias=bias)
-    input, weight, bias = autocast_operands(input, weight, bias)
-    check_affine(input, weight, bias, ("input", "weight", "bias"))
+    input, weight, bias = checked_operands(input, weight, bias, ("input", "weight", "bias"))
     way = route(input, weight, bias)
     if way == "traced":
         return _affine_operation(input, weight, bias)
@@ -57,7 +61,7 @@ def affine(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _affine(input, weight, bias)
 
 
-def autocast_operands(*given: Tensor | None) -> tuple[Any, ...]:
+def _autocast(*given: Tensor | None) -> tuple[Any, ...]:
     """Convert as torch converts the operands of a product under autocast."""
     dtype = autocast_dtype(next(t.device for t in given if t is not None))
     if dtype is None:
@@ -67,8 +71,12 @@ def autocast_operands(*given: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def check_affine(input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str]) -> None:
+def checked_operands(
+    input: Tensor, weight: Tensor, bias: Tensor | None, names: tuple[str, str, str] = HEAD
+) -> tuple[Any, ...]:
+    """Check the operands of a product, converted as autocast has it; errors call them by these names."""
     x, w, b = names
+    input, weight, bias = _autocast(input, weight, bias)
     if weight.ndim != 2:
         raise ValueError(f"{w} must have shape (K, D), got {tuple(weight.shape)}")
     if not input.ndim or input.shape[-1] != weight.shape[1]:
@@ -82,6 +90,7 @@ def check_affine(input: Tensor, weight: Tensor, bias: Tensor | None, names: tupl
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
         if t.dtype is not input.dtype or t.device != input.device:
             raise TypeError(f"{x} is {input.dtype} on {input.device} but {name} is {t.dtype} on {t.device}")
+    return input, weight, bias
 
 
 def _operands(here: Bridge, input: Tensor, weight: Tensor) -> Operands:
@@ -162,8 +171,7 @@ def _affine_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _affine_backward(ctx: Any, grad_output: Tensor) -> Any:
     needs = list(ctx.needs_input_grad)
-    grads = iter(_affine_operation_backward(grad_output, *ctx.saved_tensors, needs))
-    return tuple(next(grads) if needed else None for needed in needs)
+    return placed(_affine_operation_backward(grad_output, *ctx.saved_tensors, needs), needs)
 
 
 _affine_operation.register_autograd(_affine_backward, setup_context=_affine_setup)

@@ -20,13 +20,13 @@ from swl.ops.chunks import DEFAULT_BUDGET, require_budget
 from swl.ops.linear_cross_entropy import ALL
 from swl.ops.loss import Problem
 from swl.options import DEFAULTS, ExtraKwargs, Options
-from swl.torch._affine import autocast_operands, check_affine, matrix
+from swl.torch._affine import checked_operands, matrix
 from swl.torch._bridge import bridge
 from swl.torch._dtensor import local, mesh_of, sizes_over
 from swl.torch._group import Group
-from swl.torch._linear import Formed, scale_gradients
+from swl.torch._linear import Formed, handed_over
 from swl.torch._loss import Loss, batched, check, require_tensors, route
-from swl.torch._options import as_arrays, autocast_dtype, checked
+from swl.torch._options import as_arrays, autocast_dtype, checked, flattened
 from swl.torch._stats import of_rows, result
 from swl.typing import Reduction, Results
 
@@ -194,8 +194,7 @@ class _Call(NamedTuple):
     ) -> _Call:
         """Check everything in torch's terms."""
         wide = x.dtype is torch.float64
-        x, W, b = autocast_operands(x, W, b)
-        check_affine(x, W, b, ("input", "linear_weight", "linear_bias"))
+        x, W, b = checked_operands(x, W, b)
         require_budget(memory_budget)
         if len(sizes) != ranks.size or sizes[ranks.rank] != W.shape[0] or not sum(sizes):
             raise ValueError(
@@ -209,12 +208,7 @@ class _Call(NamedTuple):
                 f"target must have shape {tuple(leading)} (class ids), {(*leading, C)} or, of the classes here, "
                 f"{(*leading, here)} (probabilities), got {tuple(t.shape)}"
             )
-        if options.sample_weight is not None:
-            if options.sample_weight.shape != leading:
-                raise ValueError(
-                    f"sample_weight must have shape {tuple(leading)}, got {tuple(options.sample_weight.shape)}"
-                )
-            options = options._replace(sample_weight=options.sample_weight.reshape(-1))
+        options = flattened(options, leading)
         flat = matrix(x)
         N = flat.shape[0]
         kinds = options if options.weight is None else options._replace(weight=_standing_in(options.weight, C))
@@ -310,13 +304,8 @@ class _ClassParallel(torch.autograd.Function):
         loss = _loss(x, W, t, b, call)
         p = _shared(loss.problem, *ctx.shared)
         loss = loss._replace(problem=p._replace(source=Formed(loss.bridge, p.source)))
-        grads, ctx.gradients = ctx.gradients, None
         with loss.bridge.scope():
-            if grads is None:
-                grads = loss.backward(grad_output, ctx.rows)
-            elif not loss.bridge.on_host or grad_output.item() != 1.0:
-                scale_gradients(loss, grads, grad_output)
-            dx, dW, db = grads
+            dx, dW, db = handed_over(ctx, loss, grad_output)
             if dx is not None:
                 call.ranks.add_up(dx)
                 dx = dx.to(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,30 @@ from swl.options import Options, require_magnitudes
 from swl.torch._bridge import bridge
 from swl.torch._loss import PLAIN, logits_rows, restored
 
-__all__ = ["check_values", "class_ids", "composed", "final_logits", "log_p", "target_gradient"]
+__all__ = [
+    "check_values",
+    "class_ids",
+    "composed",
+    "differentiated",
+    "final_logits",
+    "log_p",
+    "placed",
+    "target_gradient",
+]
+
+
+def placed(gradients: Iterable[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Put gradients where they were needed, and None where they were not."""
+    found = iter(gradients)
+    return tuple(next(found) if needed else None for needed in needs)
+
+
+def differentiated(
+    outputs: Sequence[Tensor], upstream: Sequence[Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Compute gradients to be differentiated again, or many at once, of what was computed in torch's own operations."""
+    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
+    return placed(torch.autograd.grad(outputs, wanted, upstream, create_graph=torch.is_grad_enabled()), needs)
 
 
 def target_gradient(
@@ -31,9 +55,8 @@ def target_gradient(
     w = z.new_ones(z.shape[1]) if options.weight is None else options.weight.to(z.dtype)
     y = _probability_rows(target, w, options.label_smoothing)
     scale = scale * options.temperature  # which `Problem.row_scale` has divided by it
-    return restored(
-        log_p(y, z - row_max[:, None], log_sum) * w * ((options.label_smoothing - 1.0) * scale[:, None]), input
-    )
+    factor = (options.label_smoothing - 1.0) * scale[:, None]
+    return restored(log_p(y, z - row_max[:, None], log_sum) * w * factor, input)
 
 
 def composed(input: Tensor, target: Tensor, options: Options, probabilities: bool) -> Tensor:
@@ -71,9 +94,7 @@ def composed(input: Tensor, target: Tensor, options: Options, probabilities: boo
         return loss.sum()
     total = (s * m).sum() if denominator is None else denominator
     some = total != 0
-    return torch.where(
-        some, loss.sum() / torch.where(some, total, 1), math.nan
-    )  # without a gradient where nothing counts
+    return torch.where(some, loss.sum() / torch.where(some, total, 1), math.nan)  # no gradient where nothing counts
 
 
 def class_ids(target: Tensor, C: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

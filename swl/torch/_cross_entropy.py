@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swl.options import ExtraKwargs, Options
 from swl.torch._bridge import host_scalar
-from swl.torch._composed import check_values, composed, target_gradient
+from swl.torch._composed import check_values, composed, differentiated, target_gradient
 from swl.torch._loss import (
     Loss,
     at_once,
@@ -199,16 +199,10 @@ _apply = super(torch.autograd.Function, _CrossEntropy).apply
 """What ``_CrossEntropy.apply`` calls when it has seen that no transform is active, as `route` has."""
 
 
-def _composed_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Compute gradients to be differentiated again, or many at once, both of which ask for torch's own operations."""
-    again = torch.is_grad_enabled()
-    input, target = ctx.saved_tensors
+def _composed_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     with torch.enable_grad():
-        loss = composed(input, target, *ctx.options)
-    wanted = [t for t, needed in zip((input, target), ctx.needs_input_grad, strict=False) if needed]
-    grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=again))
-    d_input, d_target = (next(grads) if needed else None for needed in ctx.needs_input_grad[:2])
-    return d_input, d_target
+        loss = composed(*ctx.saved_tensors, *ctx.options)
+    return differentiated([loss], [grad_output.to(loss.dtype)], ctx.saved_tensors, ctx.needs_input_grad[:2])
 
 
 # ------------------------------------------------------------------------------------------------ custom operations
@@ -234,23 +228,11 @@ def _operation(
 
 
 @_operation.register_fake
-def _(
-    input: Any,
-    target: Any,
-    tensors: Any,
-    names: Any,
-    reduction: Any,
-    ignore_index: Any,
-    numbers: Any,
-    dtype: Any,
-    stats: Any,
-) -> Any:
+def _(input: Any, target: Any, tensors: Any, names: Any, reduction: Any, *others: Any) -> Any:
+    *_, dtype, stats = others
     shape = rows_shape(input)
     loss = input.new_empty(shape if reduction == "none" else (), dtype=dtype)
-    n = 1
-    for size in shape:
-        n = n * size
-    return loss, *fake_kept(input, n, stats)
+    return loss, *fake_kept(input, math.prod(shape), stats)
 
 
 @torch.library.custom_op("swl::cross_entropy_backward", mutates_args=())

@@ -14,8 +14,9 @@ from swl.ops.checks import F64
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.ops.linear_cross_entropy import ALL
 from swl.options import DEFAULTS, Options
-from swl.torch._affine import autocast_operands, check_affine, form_logits, matrix, products
+from swl.torch._affine import HEAD, checked_operands, form_logits, matrix, products
 from swl.torch._bridge import Bridge, bridge
+from swl.torch._composed import placed
 from swl.torch._loss import require_tensors, route
 from swl.torch._options import checked
 from swl.typing import Direction
@@ -67,13 +68,11 @@ def linear_kl(
     tensor(1.3863)
     """
     student, teacher = (input, linear_weight, linear_bias), (teacher_input, teacher_weight, teacher_bias)
-    names = ("input", "linear_weight", "linear_bias"), ("teacher_input", "teacher_weight", "teacher_bias")
+    names = HEAD, ("teacher_input", "teacher_weight", "teacher_bias")
     heads = []
     for tensors, of in zip((student, teacher), names, strict=True):
         require_tensors("linear_kl", **dict(zip(of, tensors, strict=True)))
-        tensors = autocast_operands(*tensors)
-        check_affine(*tensors, of)
-        heads.append(tensors)
+        heads.append(checked_operands(*tensors, of))
     (x, W, b), (tx, tW, tb) = heads
     require_tensors("linear_kl", sample_weight=sample_weight)
     options = checked(x, None, reduction, DEFAULTS.ignore_index, 0.0, {"temperature": temperature})
@@ -177,8 +176,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    grads = iter(_operation_backward(grad_output, *ctx.saved_tensors, *ctx.others, needs))
-    dx, dW, db = (next(grads) if needed else None for needed in needs)
+    dx, dW, db = placed(_operation_backward(grad_output, *ctx.saved_tensors, *ctx.others, needs), needs)
     return dx, dW, None, None, db, *(None,) * 6
 
 

@@ -8,7 +8,7 @@ a loss scale reaches it, on a second backward, and in a compiled graph, backward
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -20,22 +20,16 @@ from swl.ops.linear_cross_entropy import ALL
 from swl.ops.linear_cross_entropy import check as check_linear
 from swl.ops.loss import Problem, Source
 from swl.options import DEFAULTS, ExtraKwargs, Options
-from swl.torch._affine import affine, autocast_operands, check_affine, form_logits, matrix, products
+from swl.torch._affine import affine, checked_operands, form_logits, matrix, products
 from swl.torch._bridge import Bridge, bridge
-from swl.torch._composed import check_values, composed, target_gradient
+from swl.torch._composed import check_values, composed, differentiated, placed, target_gradient
 from swl.torch._cross_entropy import cross_entropy
-from swl.torch._loss import (
-    Loss,
-    batched,
-    check,
-    require_tensors,
-    route,
-)
-from swl.torch._options import ACC, as_arrays, autocast_dtype, checked, packed, unpacked
+from swl.torch._loss import Loss, batched, check, require_tensors, route
+from swl.torch._options import ACC, as_arrays, autocast_dtype, checked, flattened, packed, unpacked
 from swl.torch._stats import composed_stats, fake_kept, kept_stats, of_kept, of_rows, result
 from swl.typing import Reduction, Results
 
-__all__ = ["Formed", "linear_cross_entropy", "scale_gradients"]
+__all__ = ["Formed", "handed_over", "linear_cross_entropy"]
 
 
 def linear_cross_entropy(
@@ -107,8 +101,7 @@ def linear_cross_entropy(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, stats, extra
         )
     dtype_before = input.dtype
-    input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
-    check_affine(input, linear_weight, linear_bias, ("input", "linear_weight", "linear_bias"))
+    input, linear_weight, linear_bias = checked_operands(input, linear_weight, linear_bias)
     C, leading = linear_weight.shape[0], input.shape[:-1]
     probabilities = target.shape == (*leading, C)
     if probabilities and ignore_index is not None:
@@ -120,10 +113,7 @@ def linear_cross_entropy(
             f"target must have shape {tuple(leading)} (class ids) or {(*leading, C)} (probabilities), "
             f"got {tuple(target.shape)}"
         )
-    if (sample_weight := given.sample_weight) is not None:
-        if sample_weight.shape != leading:
-            raise ValueError(f"sample_weight must have shape {tuple(leading)}, got {tuple(sample_weight.shape)}")
-        given = given._replace(sample_weight=sample_weight.reshape(-1))
+    given = flattened(given, leading)
     x = matrix(input)
     t = matrix(target) if probabilities else target.reshape(-1)
     check(x.new_empty(()).expand(x.shape[0], C), t, given)
@@ -238,7 +228,17 @@ def _head(
     return Loss(here, p._replace(source=Formed(here, p.source)), x.shape[:1])
 
 
-def scale_gradients(head: Loss, grads: list[Tensor | None], factor: Tensor) -> None:
+def handed_over(ctx: Any, head: Loss, grad_output: Tensor) -> list[Tensor | None]:
+    """Return the gradients that forward has left, scaled in place; the second time, or if it left none, sweep for them."""
+    grads, ctx.gradients = ctx.gradients, None
+    if grads is None:
+        return cast("list[Tensor | None]", head.backward(grad_output, ctx.rows))
+    if not head.bridge.on_host or grad_output.item() != 1.0:
+        _scale(head, grads, grad_output)
+    return cast("list[Tensor | None]", grads)
+
+
+def _scale(head: Loss, grads: list[Tensor | None], factor: Tensor) -> None:
     """Scale gradients in place; a row of dx that is ignored stays 0, also where the factor is not finite."""
     ids = head.problem.target.ids
     of_rows = factor if ids is None else torch.where(head.bridge.tensor(ids) >= 0, factor, 0)[:, None]
@@ -302,28 +302,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (x, W, target, bias), rows, (options, memory_budget) = ctx.saved_tensors, ctx.rows, ctx.others
         d_x, d_weight, d_target, d_bias = ctx.needs_input_grad[:4]
         head = _head(x, W, target, bias, options, memory_budget, (d_x, d_weight, d_bias))
-        grads, ctx.gradients = ctx.gradients, None
         with head.bridge.scope():
-            if grads is None:
-                grads = head.backward(grad_output, rows)
-            elif not head.bridge.on_host or grad_output.item() != 1.0:
-                scale_gradients(head, grads, grad_output)
-            dx, dW, db = grads
+            dx, dW, db = handed_over(ctx, head, grad_output)
             dt = _target_gradient(head, rows, grad_output, x, W, target, bias, options) if d_target else None
         return dx, dW, dt, db, *others
 
 
-def _composed_gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
-    """Compute gradients to be differentiated again, or many at once, both of which ask for torch's own operations."""
-    again = torch.is_grad_enabled()
-    x, W, target, bias = saved = ctx.saved_tensors
+def _composed_gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, W, target, bias = ctx.saved_tensors
     with torch.enable_grad():
         logits = form_logits(x, W, bias)
         loss = composed(logits, target, ctx.others[0], target.shape == logits.shape)
-    needs = ctx.needs_input_grad[:4]
-    wanted = [t for t, needed in zip(saved, needs, strict=True) if needed]
-    grads = iter(torch.autograd.grad(loss, wanted, grad_output.to(loss.dtype), create_graph=again))
-    return [next(grads) if needed else None for needed in needs]
+    return differentiated([loss], [grad_output.to(loss.dtype)], ctx.saved_tensors, ctx.needs_input_grad[:4])
 
 
 @torch.library.custom_op("swl::linear_cross_entropy", mutates_args=())
@@ -349,20 +339,8 @@ def _operation(
 
 
 @_operation.register_fake
-def _(
-    x: Any,
-    W: Any,
-    target: Any,
-    bias: Any,
-    tensors: Any,
-    names: Any,
-    reduction: Any,
-    ignore_index: Any,
-    numbers: Any,
-    memory_budget: Any,
-    dtype: Any,
-    stats: Any,
-) -> Any:
+def _(x: Any, W: Any, target: Any, bias: Any, tensors: Any, names: Any, reduction: Any, *others: Any) -> Any:
+    *_, dtype, stats = others
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=dtype)
     return loss, *fake_kept(x, x.shape[0], stats)
 
@@ -410,8 +388,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:4])
     x, W, target, bias, kept, *tensors = ctx.saved_tensors
-    grads = iter(_operation_backward(grad_loss, x, W, target, bias, kept, needs, tensors, *ctx.others))
-    return *(next(grads) if needed else None for needed in needs), [None] * len(tensors), *(None,) * 7
+    grads = _operation_backward(grad_loss, x, W, target, bias, kept, needs, tensors, *ctx.others)
+    return *placed(grads, needs), [None] * len(tensors), *(None,) * 7
 
 
 _operation.register_autograd(_backward, setup_context=_setup_context)

@@ -15,9 +15,9 @@ from swl.ops.checks import F64
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.ops.linear_cross_entropy import ALL
 from swl.options import DEFAULTS, Options
-from swl.torch._affine import autocast_operands, check_affine, form_logits, matrix, products
+from swl.torch._affine import checked_operands, form_logits, matrix, products
 from swl.torch._bridge import Bridge, bridge
-from swl.torch._composed import check_values, composed
+from swl.torch._composed import check_values, composed, differentiated, placed
 from swl.torch._loss import batched, check, require_tensors, route
 from swl.torch._options import ACC, checked
 from swl.typing import Results
@@ -76,8 +76,7 @@ def linear_log_prob(
     """
     given_ = {"input": input, "linear_weight": linear_weight, "target": target, "linear_bias": linear_bias}
     require_tensors("linear_log_prob", **given_)
-    input, linear_weight, linear_bias = autocast_operands(input, linear_weight, linear_bias)
-    check_affine(input, linear_weight, linear_bias, ("input", "linear_weight", "linear_bias"))
+    input, linear_weight, linear_bias = checked_operands(input, linear_weight, linear_bias)
     leading = input.shape[:-1]
     if target.shape != leading:
         raise ValueError(f"target must have shape {tuple(leading)}, one class id per row, got {tuple(target.shape)}")
@@ -173,24 +172,14 @@ class _LinearLogProb(torch.autograd.Function):
         if d_log_prob is None and d_entropy is None:
             return (None,) * 5
         if torch.is_grad_enabled() or batched(d_log_prob if d_entropy is None else d_entropy):
-            grads = _composed_gradients(x, W, t, b, call, d_log_prob, d_entropy, needs)
+            with torch.enable_grad():
+                outputs = _composed(x, W, t, b, call)
+            given = [(y, d) for y, d in zip(outputs, (d_log_prob, d_entropy), strict=True) if d is not None]
+            dx, dW, db = differentiated([y for y, _ in given], [d for _, d in given], (x, W, b), needs)
         else:
             d_log_prob = torch.zeros_like(d_entropy) if d_log_prob is None else d_log_prob
-            grads = _gradients(d_log_prob, d_entropy, kept, x, W, t, b, needs, call)
-        return grads[0], grads[1], None, grads[2], None
-
-
-def _composed_gradients(
-    x: Tensor, W: Tensor, t: Tensor, b: Tensor | None, call: Call, d_log_prob: Any, d_entropy: Any, needs: list[bool]
-) -> list[Tensor | None]:
-    """Compute gradients to be differentiated again, or many at once."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        outputs = _composed(x, W, t, b, call)
-    given = [(y, d) for y, d in zip(outputs, (d_log_prob, d_entropy), strict=True) if d is not None]
-    wanted = [a for a, needed in zip((x, W, b), needs, strict=True) if needed]
-    grads = iter(torch.autograd.grad([y for y, _ in given], wanted, [d for _, d in given], create_graph=again))
-    return [next(grads) if needed else None for needed in needs]
+            dx, dW, db = _gradients(d_log_prob, d_entropy, kept, x, W, t, b, needs, call)
+        return dx, dW, None, db, None
 
 
 @torch.library.custom_op("swl::linear_log_prob", mutates_args=())
@@ -231,8 +220,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, d_log_prob: Tensor, d_entropy: Tensor, _: Any) -> tuple[Any, ...]:
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     upstream = d_log_prob, d_entropy if ctx.call[3] else None
-    grads = iter(_operation_backward(*upstream, *ctx.saved_tensors, needs, *ctx.call))
-    dx, dW, db = (next(grads) if needed else None for needed in needs)
+    dx, dW, db = placed(_operation_backward(*upstream, *ctx.saved_tensors, needs, *ctx.call), needs)
     return dx, dW, None, db, None, None, None, None
 
 

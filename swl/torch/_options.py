@@ -12,7 +12,7 @@ from swl.ops.checks import F32, F64
 from swl.options import DEFAULTS, NUMBERS, ExtraKwargs, Options, require_magnitudes
 from swl.torch._bridge import Bridge
 
-__all__ = ["ACC", "are_defaults", "as_arrays", "autocast_dtype", "checked", "packed", "unpacked"]
+__all__ = ["ACC", "are_defaults", "as_arrays", "autocast_dtype", "checked", "flattened", "packed", "unpacked"]
 
 ACC: dict[Any, Any] = {torch.float64: F64, torch.float32: F32, torch.float16: F32, torch.bfloat16: F32}
 """The dtype of the arithmetic."""
@@ -72,6 +72,15 @@ def checked(
         if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(f"{name} requires a gradient, which is not computed; pass {name}.detach()")
     return options
+
+
+def flattened(options: Options, leading: torch.Size) -> Options:
+    """Check that the row weights have this shape, and see them as a vector."""
+    if (sample_weight := options.sample_weight) is None:
+        return options
+    if sample_weight.shape != leading:
+        raise ValueError(f"sample_weight must have shape {tuple(leading)}, got {tuple(sample_weight.shape)}")
+    return options._replace(sample_weight=sample_weight.reshape(-1))
 
 
 def as_arrays(here: Bridge, options: Options) -> Options:
