@@ -17,10 +17,7 @@ import numpy as np
 
 from swl.backends import host_backend
 from swl.functional import cross_entropy as _cross_entropy
-from swl.functional import (
-    cross_entropy_value_and_grad,
-    linear_cross_entropy_value_and_grad,
-)
+from swl.functional import cross_entropy_value_and_grad, linear_cross_entropy_value_and_grad
 from swl.functional import linear_cross_entropy as _linear_cross_entropy
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.options import OptionKwargs, Options
@@ -110,11 +107,6 @@ def linear_cross_entropy(
     -------
     jax.Array
         As `swl.linear_cross_entropy`.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As `cross_entropy`.
 
     Examples
     --------

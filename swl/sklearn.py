@@ -14,10 +14,11 @@ from sklearn.utils import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from swl.ops.checks import require_integer, require_number
+from swl.ops.checks import require_integer
 from swl.ops.chunks import DEFAULT_BUDGET
 from swl.ops.linear_cross_entropy import linear_cross_entropy_value_and_grad
 from swl.ops.scores import softmax
+from swl.options import require_number
 from swl.typing import Array, ArrayLike
 
 __all__ = ["LinearClassifier"]

@@ -92,6 +92,12 @@ def modules() -> list[str]:
     return [f"swl.{part}" for part in sorted(parts - INTERNAL) if not part.startswith("_")]
 
 
+def test_contributing_says_what_every_part_is() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text()
+    parts = [path for path in (ROOT / "swl").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    assert not [path.name for path in parts if path.name[0] != "_" and f"`swl/{path.name}" not in table]
+
+
 def test_the_reference_has_every_public_object() -> None:
     reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     named = re.findall(r"^\.\. auto(?:function|class|exception|data):: (?:swl\.)?(\w+)$", reference, re.MULTILINE)

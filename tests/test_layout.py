@@ -90,6 +90,18 @@ def test_dir_shows_what_users_import() -> None:
     assert all(hasattr(swl, name) for name in public)
 
 
+def test_nothing_is_written_twice() -> None:
+    """No eight lines that are not blank follow one another in two places."""
+    places: dict[tuple[str, ...], str] = {}
+    for path in MODULES:
+        text = (PACKAGE / path).read_text().splitlines()
+        lines = [(number, line.strip()) for number, line in enumerate(text, 1) if line.strip()]
+        for i in range(len(lines) - 7):
+            here = f"{path}:{lines[i][0]}"
+            there = places.setdefault(tuple(line for _, line in lines[i : i + 8]), here)
+            assert there == here
+
+
 ANY = {
     "swl.check_gradients(kwargs)": "keyword arguments of whatever function is given",
     "swl.distributed.Checkpoints.load(expect)": "anything that JSON can hold",
@@ -103,11 +115,11 @@ ANY = {
 
 
 def listed(tree: ast.Module) -> set[str]:
-    """Return the names in ``__all__``."""
+    """Return the names in ``__all__``, or else all that a module defines."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return set(ast.literal_eval(node.value))
-    return set()
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
 
 
 def definitions(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
@@ -146,7 +158,7 @@ def test_public_signatures_say_what_they_take() -> None:
     found = {
         f"{function}({argument.arg})"
         for path in MODULES
-        if path.stem == "__init__" or path.parent == Path()
+        if path.parent == Path() or (path.stem == "__init__" and len(path.parts) == 2)
         for name, node in definitions(path)
         for function, tree in signatures(
             ".".join(["swl", *path.with_suffix("").parts, name]).replace(".__init__", ""), node

@@ -26,22 +26,6 @@ from swl.backends.protocol import Backend, host_scope
 from swl.errors import BackendUnavailable
 from swl.typing import Array, ArrayLike, BackendName
 
-__all__ = [
-    "BackendInfo",
-    "active",
-    "available_backends",
-    "device",
-    "get",
-    "host_backend",
-    "loaded",
-    "on_device",
-    "resolve",
-    "scope",
-    "set_backend",
-    "use_backend",
-]
-
-
 # name: (module, where its arrays live)
 _REGISTRY: dict[str, tuple[str, Literal["host", "cuda"]]] = {
     "numpy": ("swl.backends.numpy", "host"),

@@ -94,11 +94,7 @@ def _step(options: argparse.Namespace, ranks: int) -> cost.Step:
 
 
 def _report(
-    step: cost.Step,
-    machine: cost.Machine,
-    missing: list[str],
-    here: int,
-    measured: cost.Measured | None,
+    step: cost.Step, machine: cost.Machine, missing: list[str], here: int, measured: cost.Measured | None
 ) -> dict[str, Any]:
     print(f"ClassParallelHead: {step.N:,} rows, {step.D:,} inputs, {step.C:,} classes")
     print(f"  {step.ranks} ranks: rows over {step.groups}, classes over {step.class_parallel}")

@@ -32,16 +32,7 @@ from swl.distributed import Checkpoints, Grid
 from swl.distributed.comm import gather_numbers
 from swl.distributed.training import rows_here, spread
 
-__all__ = [
-    "Corpus",
-    "Result",
-    "Settings",
-    "corpus",
-    "documents",
-    "train",
-    "train_apart",
-    "unigram_perplexity",
-]
+__all__ = ["Corpus", "Result", "Settings", "corpus", "documents", "train", "train_apart", "unigram_perplexity"]
 
 END = "<end>"
 """The word after each document."""

@@ -14,15 +14,7 @@ from typing import Any
 import numpy as np
 
 from swl.backends import get, host_backend, resolve
-from swl.distributed.comm import (
-    agree,
-    as_numpy,
-    block_layout,
-    gather_numbers,
-    gather_values,
-    in_blocks,
-    ordered_sum,
-)
+from swl.distributed.comm import agree, as_numpy, block_layout, gather_numbers, gather_values, in_blocks, ordered_sum
 from swl.distributed.transport import over
 from swl.nn.base import Layer, LossLayer, bring
 from swl.nn.sequential import Sequential, leaves

@@ -7,7 +7,7 @@ import numpy as np
 from swl.backends import get
 from swl.nn.base import WithAffineParameters, bring
 from swl.ops.affine import Operands
-from swl.ops.checks import shown
+from swl.options import shown
 from swl.typing import Array, ArrayLike
 
 __all__ = ["Affine"]

@@ -12,7 +12,7 @@ from swl.nn.base import Layer
 from swl.nn.embedding import Embedding
 from swl.nn.losses import SoftmaxWithLoss
 from swl.ops import checks
-from swl.options import OptionKwargs
+from swl.options import OptionKwargs, require_number
 from swl.typing import Array, ArrayLike, Seed
 
 __all__ = ["BatchNormalization", "Dropout", "MatMul", "TimeAffine", "TimeEmbedding", "TimeSoftmaxWithLoss"]
@@ -44,7 +44,7 @@ class Dropout(Layer):
     """
 
     def __init__(self, dropout_ratio: float = 0.5, *, rng: Seed = None) -> None:
-        checks.require_number("dropout_ratio", dropout_ratio, "in [0, 1)", lambda v: 0 <= v < 1)
+        require_number("dropout_ratio", dropout_ratio, "in [0, 1)", lambda v: 0 <= v < 1)
         self.dropout_ratio = float(dropout_ratio)
         self.rng = checks.generator(rng)
 
@@ -127,8 +127,8 @@ class BatchNormalization(Layer):
         *,
         eps: float = 1e-6,
     ) -> None:
-        checks.require_number("momentum", momentum, "in [0, 1]", lambda v: 0 <= v <= 1)
-        checks.require_number("eps", eps, "above 0", lambda v: 0 < v < float("inf"))
+        require_number("momentum", momentum, "in [0, 1]", lambda v: 0 <= v <= 1)
+        require_number("eps", eps, "above 0", lambda v: 0 < v < float("inf"))
         backend = resolve(None, {"gamma": gamma, "beta": beta})
         with backend.scope(gamma=gamma, beta=beta):
             arrays = [checks.float_array(backend, name, value) for name, value in (("gamma", gamma), ("beta", beta))]

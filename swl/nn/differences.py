@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swl.ops.arrays import beside, to_numpy
-from swl.ops.checks import is_float, require_number, require_plain, shown
+from swl.ops.checks import is_float, require_plain
+from swl.options import require_number, shown
 from swl.typing import Array, ArrayLike
 
 __all__ = ["Check", "Comparison", "Progress", "numerical_gradient"]

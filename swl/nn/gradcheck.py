@@ -12,7 +12,8 @@ import numpy as np
 from swl.nn.differences import Check, Progress
 from swl.nn.sequential import gradients_of, leaves, parameters_of
 from swl.ops.arrays import beside, to_numpy
-from swl.ops.checks import is_float, require_integer, require_number
+from swl.ops.checks import is_float, require_integer
+from swl.options import require_number
 from swl.typing import Array, ArrayLike, LayerLike
 
 __all__ = ["GradientError", "GradientReport", "check_gradients"]

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from swl.backends import scope
-from swl.ops.checks import acc_dtype, is_float, is_real, require_number, require_plain, shown
+from swl.ops.checks import acc_dtype, is_float, is_real, require_plain
+from swl.options import require_number, shown
 from swl.typing import Array
 
 __all__ = ["SGD", "AdamW"]

@@ -140,11 +140,6 @@ def affine_backward(
         Of the shapes of `x`, `W` and ``(K,)``; `dW` and `db` of the dtype of `W`, `dx` of the dtype of `x` (of `W` where
         `x` holds integers). None for a gradient not in `needs`.
 
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, what came and what is legal.
-
     Examples
     --------
     >>> import numpy as np, swl

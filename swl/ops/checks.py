@@ -11,7 +11,7 @@ import numpy as np
 
 from swl.backends import Backend
 from swl.backends.registry import on_device
-from swl.options import require_number, shown
+from swl.options import shown
 from swl.typing import Array, DTypeLike, Seed
 
 __all__ = [
@@ -28,10 +28,8 @@ __all__ = [
     "places_apart",
     "real_array",
     "require_integer",
-    "require_number",
     "require_plain",
     "require_shape",
-    "shown",
     "size_of",
 ]
 

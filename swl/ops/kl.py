@@ -21,13 +21,13 @@ import numpy as np
 from swl.backends import Backend, Rows, resolve
 from swl.backends.protocol import Target
 from swl.ops.affine import Operands
-from swl.ops.checks import acc_dtype, affine_parameters, check_needs, shown
+from swl.ops.checks import acc_dtype, affine_parameters, check_needs
 from swl.ops.chunks import DEFAULT_BUDGET, MIN_ROWS, require_budget, sweep
 from swl.ops.linear_cross_entropy import ALL, Formed
 from swl.ops.linear_cross_entropy import check as check_linear
 from swl.ops.loss import Problem
 from swl.ops.rows import final_logits, log_softmax, plus_bias
-from swl.options import Options
+from swl.options import Options, shown
 from swl.typing import Array, ArrayLike, Direction, Reduction, Results, Stream
 
 __all__ = ["KLKwargs", "gradients", "head", "linear_kl", "linear_kl_value_and_grad"]
@@ -127,11 +127,6 @@ def linear_kl_value_and_grad(
     gradients : tuple of dx, dW, db
         As `linear_cross_entropy_value_and_grad`.
 
-    Raises
-    ------
-    ValueError, TypeError
-        As `linear_kl`.
-
     Examples
     --------
     >>> import numpy as np, swl
@@ -180,7 +175,7 @@ def head(
     needs: Iterable[str],
 ) -> Problem:
     """Check both heads' ``x, W, b`` and the options. The target of the problem gives the teacher's logits, a chunk at a time."""
-    if direction not in ("forward", "reverse", "jsd"):
+    if direction not in DIRECTIONS:
         raise ValueError(f"direction is {shown(direction)}; legal are 'forward', 'reverse' and 'jsd'")
     require_budget(memory_budget)
     x, W, b = student

@@ -114,11 +114,6 @@ def linear_cross_entropy_value_and_grad(
     stats : RowStats
         Only with ``stats=True``.
 
-    Raises
-    ------
-    ValueError, TypeError
-        As `linear_cross_entropy`.
-
     Examples
     --------
     >>> import numpy as np, swl

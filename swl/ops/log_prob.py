@@ -120,11 +120,6 @@ def linear_log_prob_value_and_grad(
     gradients : tuple of dx, dW, db
         As `linear_cross_entropy_value_and_grad`. A row that is ignored adds nothing.
 
-    Raises
-    ------
-    ValueError, TypeError
-        As `linear_log_prob`.
-
     Examples
     --------
     >>> import numpy as np, swl

@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from swl.backends import resolve
-from swl.ops.checks import acc_dtype, any_array, float_array, require_integer, shown
+from swl.ops.checks import acc_dtype, any_array, float_array, require_integer
+from swl.options import shown
 from swl.typing import Array, ArrayLike
 
 __all__ = ["accuracy", "softmax"]

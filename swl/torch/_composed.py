@@ -40,12 +40,7 @@ def differentiated(
 
 
 def target_gradient(
-    input: Tensor,
-    target: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    scale: Tensor,
-    options: Options,
+    input: Tensor, target: Tensor, row_max: Tensor, log_sum: Tensor, scale: Tensor, options: Options
 ) -> Tensor:
     """Compute the gradient with respect to probabilities, ``∂loss/∂q_c = −(1−ε)·w_c·log p_c``, in the arithmetic's dtype.
 

@@ -18,16 +18,7 @@ from torch import Tensor
 from swl.options import ExtraKwargs, Options
 from swl.torch._bridge import host_scalar
 from swl.torch._composed import check_values, composed, differentiated, target_gradient
-from swl.torch._loss import (
-    Loss,
-    at_once,
-    batched,
-    check,
-    out_dtype,
-    require_tensors,
-    route,
-    rows_shape,
-)
+from swl.torch._loss import Loss, at_once, batched, check, out_dtype, require_tensors, route, rows_shape
 from swl.torch._options import ACC, are_defaults, checked, packed, unpacked
 from swl.torch._stats import composed_stats, fake_kept, kept_stats, of_kept, of_rows, result
 from swl.typing import Reduction, Results

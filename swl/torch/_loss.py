@@ -63,13 +63,7 @@ def require_tensors(function: str, **given: Any) -> None:
 
 
 def check(input: Tensor, target: Tensor, options: Options) -> bool:
-    """Check dtypes, devices and shapes in torch's terms; tell whether the target holds probabilities.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming argument, what came and what is legal.
-    """
+    """Check dtypes, devices and shapes in torch's terms; tell whether the target holds probabilities."""
     if input.dtype not in FLOATS:
         raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
     shape = input.shape

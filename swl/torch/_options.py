@@ -33,12 +33,7 @@ def are_defaults(reduction: str, ignore_index: int, label_smoothing: float, extr
 
 
 def checked(
-    input: Tensor,
-    weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    extra: ExtraKwargs,
+    input: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float, extra: ExtraKwargs
 ) -> Options:
     """Check options, but for the shapes of tensors; a denominator becomes a tensor."""
     if weight is None and are_defaults(reduction, ignore_index, label_smoothing, extra):

@@ -178,8 +178,9 @@ MUTANTS = [
     Mutant(
         "row offsets of 32 bits",
         VIEWS,
-        "made.data = builder.gep(view.data, [builder.mul(index, shape[-1])])",
-        "made.data = builder.gep(view.data, [builder.zext(builder.trunc(builder.mul(index, shape[-1]), type(I64)(32)), I64)])",
+        "return _row(context, builder, array_type.dtype, builder.gep(view.data, [builder.mul(index, shape[-1])]), shape[-1])",
+        "return _row(context, builder, array_type.dtype, builder.gep(view.data, [builder.zext(builder.trunc("
+        "builder.mul(index, shape[-1]), type(I64)(32)), I64)]), shape[-1])",
         "test_cpu_kernels.py:offsets_past",
     ),
     Mutant(
@@ -262,8 +263,8 @@ MUTANTS = [
     Mutant(
         "few classes: too little scratch is asked for",
         FEW,
-        "return step * (EXPS + C)",
-        "return step * (EXPS + C - 1)",
+        "return step * (EXPS + 2 * C)",
+        "return step * (EXPS + 2 * C - 1)",
         "test_scratch.py:beside",
     ),
     Mutant(
@@ -346,8 +347,8 @@ MUTANTS = [
     Mutant(
         "product: 16-bit results are not added to what is there",
         PRODUCTS,
-        "y += here",
-        "y += 0 * here",
+        "y += _acc(here)",
+        "y += 0 * _acc(here)",
         "test_products.py:all_sizes",
     ),
 ]

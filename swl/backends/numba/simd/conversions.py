@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -36,10 +37,7 @@ def _whole_numbers(vector: Vector, n: int) -> ir.Constant:
 
 def _half_to_single(builder: Any, raw: Any, vector: Vector) -> Any:
     """Convert half to single precision without an instruction for it, to the same bits."""
-
-    def const(n: int) -> ir.Constant:
-        return _whole_numbers(vector, n)
-
+    const = partial(_whole_numbers, vector)
     h = builder.zext(raw, const(0).type)
     size = builder.and_(h, const(0x7FFF))
     fields = builder.shl(size, const(13))
@@ -56,10 +54,7 @@ def _half_to_single(builder: Any, raw: Any, vector: Vector) -> Any:
 
 def _single_to_half(builder: Any, value: Any, vector: Vector) -> Any:
     """Round single to half precision without an instruction for it, to the same bits."""
-
-    def const(n: int) -> ir.Constant:
-        return _whole_numbers(vector, n)
-
+    const = partial(_whole_numbers, vector)
     bits = builder.bitcast(value, const(0).type)
     size = builder.and_(bits, const(0x7FFFFFFF))
     fields = builder.lshr(size, const(13))
@@ -105,10 +100,7 @@ def from_lanes(context: Any, builder: Any, value: Any, dtype: Any, vector: Vecto
         half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), vector.lanes))
         return builder.bitcast(half, ir.VectorType(I16, vector.lanes))
     if dtype == types.int16:
-
-        def const(n: int) -> ir.Constant:
-            return _whole_numbers(vector, n)
-
+        const = partial(_whole_numbers, vector)
         bits = builder.bitcast(value, const(0).type)
         even = builder.and_(builder.lshr(bits, const(16)), const(1))
         rounded = builder.lshr(builder.add(bits, builder.add(even, const(0x7FFF))), const(16))

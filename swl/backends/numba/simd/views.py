@@ -52,16 +52,19 @@ def align(dtype: Any) -> int:
 # ------------------------------------------------------------------------------------------------ views of arrays, and of parts
 
 
+def _row(context: Any, builder: Any, dtype: Any, data: Any, size: Any) -> Any:
+    made = cgutils.create_struct_proxy(Row(dtype))(context, builder)
+    made.data, made.size = data, size
+    return made._getvalue()
+
+
 def _view(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     """View a one-dimensional C-ordered array, or row `index` of a two-dimensional one."""
     if array_type.layout != "C":
         raise TypeError(f"a Row must be contiguous, got an array of layout {array_type.layout!r}")
     view = context.make_array(array_type)(context, builder, array)
     shape = cgutils.unpack_tuple(builder, view.shape, array_type.ndim)
-    made = cgutils.create_struct_proxy(Row(array_type.dtype))(context, builder)
-    made.data = builder.gep(view.data, [builder.mul(index, shape[-1])])
-    made.size = shape[-1]
-    return made._getvalue()
+    return _row(context, builder, array_type.dtype, builder.gep(view.data, [builder.mul(index, shape[-1])]), shape[-1])
 
 
 @intrinsic
@@ -93,10 +96,8 @@ def from_row(typingctx: Any, array: Any, n: Any) -> Any:
         view = context.make_array(array)(context, builder, args[0])
         rows, columns = cgutils.unpack_tuple(builder, view.shape, 2)
         skipped = builder.mul(args[1], columns)
-        made = cgutils.create_struct_proxy(Row(array.dtype))(context, builder)
-        made.data = builder.gep(view.data, [skipped])
-        made.size = builder.sub(builder.mul(rows, columns), skipped)
-        return made._getvalue()
+        left = builder.sub(builder.mul(rows, columns), skipped)
+        return _row(context, builder, array.dtype, builder.gep(view.data, [skipped]), left)
 
     return signature(Row(array.dtype), array, types.intp), codegen
 
@@ -106,10 +107,8 @@ def part(typingctx: Any, array: Any, start: Any, size: Any) -> Any:
     """View ``array[start : start + size]`` of a one-dimensional array."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        made = cgutils.create_struct_proxy(Row(array.dtype))(context, builder)
-        made.data = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
-        made.size = args[2]
-        return made._getvalue()
+        data = context.make_array(array)(context, builder, args[0]).data
+        return _row(context, builder, array.dtype, builder.gep(data, [args[1]]), args[2])
 
     return signature(Row(array.dtype), array, types.intp, types.intp), codegen
 
@@ -119,10 +118,7 @@ def cut(typingctx: Any, row: Any, start: Any, size: Any) -> Any:
     """View ``row[start : start + size]`` of a view."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        made = cgutils.create_struct_proxy(row)(context, builder)
-        made.data = element(builder, *args[:2])
-        made.size = args[2]
-        return made._getvalue()
+        return _row(context, builder, row.dtype, element(builder, *args[:2]), args[2])
 
     return signature(row, row, types.intp, types.intp), codegen
 
