@@ -62,7 +62,7 @@ class ClassParallelHead(LossLayer):
     C, first : int
         Classes in all, and the id of the first one here.
     loss : 0-d array, or shape (...) under ``reduction="none"``, or None
-        The same bits on every rank.
+        The same bits on every rank, as the gradient of `x`.
 
     Raises
     ------
@@ -213,24 +213,6 @@ class ClassParallelHead(LossLayer):
         done = self.begin(x, t).forward(stats)
         loss = self._keep(done, t)
         return (loss, done.stats()) if stats else loss
-
-    def backward(self, dout: ArrayLike = 1) -> Array:
-        """Compute ``dx``, and leave ``dW`` and ``db`` of the classes here on the head.
-
-        Parameters
-        ----------
-        dout : number or 0-d array; under ``reduction="none"`` also shape (...)
-
-        Returns
-        -------
-        array, of the shape of `x`; the same bits on every rank
-
-        Raises
-        ------
-        RuntimeError
-            Before the first `forward`.
-        """
-        return super().backward(dout)
 
     def forward_backward(self, x: ArrayLike, t: ArrayLike, dout: ArrayLike = 1, *, stats: bool = False) -> Results:
         """Compute loss and gradients, bitwise as `forward`, then `backward`: ``loss, dx``, and statistics if asked."""
