@@ -208,7 +208,7 @@ def test_threads_never_share_a_block() -> None:
 def test_work_that_failed_lets_go_of_its_arrays_too() -> None:
     """By reference counts alone: a circle of error, traceback and job would hold them until garbage is collected."""
     pool = Pool()
-    pool.threads = 2
+    pool.resize(2)
     x = np.ones(16)
     alive = weakref.ref(x)
 
@@ -232,7 +232,7 @@ def test_work_that_failed_lets_go_of_its_arrays_too() -> None:
 def test_threads_that_come_late_keep_nothing_alive() -> None:
     """Else the results of all calls that the caller's thread did alone would wait in the queue with their jobs."""
     pool, gate = Pool(), threading.Event()
-    pool.threads = 2
+    pool.resize(2)
     busy = threading.Thread(target=pool.run, args=(lambda begin, end: gate.wait(60), 2))
     busy.start()  # it takes one range, the pool's only thread the other
     x = np.ones(3)
