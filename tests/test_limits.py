@@ -14,6 +14,7 @@ from needs import TORCH
 
 import swl
 from swl.backends.host.limits import SHARED, default_threads, processors
+from swl.backends.host.threads import Pool
 
 AT_WORK = """
 import hashlib, os, sys, threading
@@ -76,6 +77,15 @@ def test_torchs_number_is_followed_and_ours_overrides_it() -> None:
     for (threads, _), want in found.items():
         assert threads == want
     assert len({digest for _, digest in found}) == 1
+
+
+def test_a_limit_may_come_while_threads_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another thread, or a signal handler, imports `swl.torch` meanwhile."""
+    monkeypatch.delenv("SWL_NUM_THREADS", raising=False)
+    pool = Pool()
+    pool.limit("first", lambda: pool.limit("second", lambda: 1) or 2)
+    assert pool.threads <= 2
+    assert pool.threads == 1
 
 
 def grant(root: Path, groups: str, **files: str) -> Path:

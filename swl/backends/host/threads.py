@@ -170,7 +170,7 @@ class Pool:
 
     def limit(self, source: str, number: Callable[[], int]) -> None:
         """Let another program in this process limit the threads, unless the user has set their number."""
-        self._limits[source] = number
+        self._limits = {**self._limits, source: number}  # another thread may be going through the old one
 
     @property
     def granted(self) -> Threads:

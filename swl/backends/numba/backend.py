@@ -97,7 +97,7 @@ class NumbaBackend(NumpyBackend):
             return super().rounded(a, dtype)
         if a.strides[0] < a.strides[1]:
             return self.rounded(a.T, dtype).T
-        a, out = np.ascontiguousarray(a), self.empty(a.shape, dtype)
+        a, out = MEMORY.allocate(np.ascontiguousarray, a), self.empty(a.shape, dtype)
         POOL.run(lambda begin, end: round_into(a[begin:end], out[begin:end]), len(a), -(-GRAIN // max(a.shape[1], 1)))
         return out
 
