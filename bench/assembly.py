@@ -1,11 +1,13 @@
-"""Show from the assembly that the inner loops of the float32 kernels are vectors, as wide as the machine's, without any calls.
+"""Show from the assembly that the inner loops of the kernels are vectors, as wide as the machine's, without any calls.
 
 python bench/assembly.py           # exits with 1 if a loop over vectors calls anything, or if there is none
+python bench/assembly.py bfloat16  # those of logits in another dtype
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import platform
 import re
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 LABEL = re.compile(r"^(\.LBB\w+):")
 JUMP = re.compile(r"^\s+j\w+\s+(\.LBB\w+)")
 PACKED = re.compile(r"^\s+v\w+p[sd]\s")  # arithmetic on all lanes, such as vfmadd213ps
+ROUNDED = re.compile(r"^\s+vcvt(?:neps2bf16|ps2ph)\s")  # to 16 bit, by one instruction
 LIBM = re.compile(r"\$(\w*(?:exp|log|tanh|pow)\w*),")
 
 
@@ -28,6 +31,7 @@ class Loop(NamedTuple):
     """Of them, arithmetic on vectors."""
     fused: int
     """Of those, multiply-adds."""
+    rounded: int
     stores: int
     calls: int
 
@@ -53,11 +57,12 @@ def describe(lines: list[str], register: str) -> Loop:
     stores = [line for line in instructions if re.match(rf"^\s+v?mov\w+\s+%{register}\d+,.*\)", line)]
     calls = [line for line in instructions if re.match(r"^\s+call", line)]
     fused = [line for line in packed if "fmadd" in line or "fmsub" in line or "fnm" in line]
-    return Loop(len(instructions), len(packed), len(fused), len(stores), len(calls))
+    rounded = [line for line in instructions if ROUNDED.match(line)]
+    return Loop(len(instructions), len(packed), len(fused), len(rounded), len(stores), len(calls))
 
 
-def kernels() -> dict[str, str]:
-    """Compile what a plain float32 loss needs, by calling it, and give the assembly of each kernel."""
+def kernels(dtype: Any) -> dict[str, str]:
+    """Compile what a plain loss needs, by calling it, and give the assembly of each kernel."""
     import numpy as np
     from numba.core.dispatcher import Dispatcher
 
@@ -65,7 +70,7 @@ def kernels() -> dict[str, str]:
 
     with swl.use_backend("numba"):
         for n, C in ((4, 10_000), (300, 1000)):
-            swl.cross_entropy_value_and_grad(np.zeros((n, C), np.float32), np.zeros(n, np.int64))
+            swl.cross_entropy_value_and_grad(np.zeros((n, C), dtype), np.zeros(n, np.int64))
     found: dict[str, str] = {}
     for kernel in gc.get_objects():
         if isinstance(kernel, Dispatcher) and kernel.targetoptions.get("nogil"):  # others are inlined into these
@@ -74,7 +79,7 @@ def kernels() -> dict[str, str]:
     return found
 
 
-def main() -> int:
+def main(dtype: Any) -> int:
     """Print each loop over vectors."""
     if platform.machine() not in ("x86_64", "AMD64"):
         print(f"this reads the assembly of x86-64, not that of {platform.machine()}")
@@ -85,7 +90,7 @@ def main() -> int:
     register = "zmm" if features["avx512f"] else "ymm" if features["avx2"] else "xmm"
     print(f"{binding.get_host_cpu_name()}, widest registers {register}")
     bad = total = 0
-    for name, text in kernels().items():
+    for name, text in kernels(dtype).items():
         loops = [describe(lines, register) for lines in innermost_loops(text)]
         wide = Counter(loop for loop in loops if loop.packed >= loop.instructions / 10)  # others go over rows
         libm = set(LIBM.findall(text))
@@ -95,7 +100,8 @@ def main() -> int:
               f"of libm, once a row or less: {', '.join(sorted(libm)) or 'nothing'}")  # fmt: skip
         for loop, times in sorted(wide.items(), reverse=True):
             print(f"  {times:2} × {loop.instructions:3} instructions, {loop.packed:2} on {register}, "
-                  f"{loop.fused:2} multiply-adds, {loop.stores} stores, {loop.calls} calls")  # fmt: skip
+                  f"{loop.fused:2} multiply-adds, {loop.rounded:2} roundings, "
+                  f"{loop.stores} stores, {loop.calls} calls")  # fmt: skip
     print(f"\n{total} loops over {register}, {bad} calls in them or of other functions of libm")
     return 1 if bad or not total else 0
 
@@ -103,4 +109,5 @@ def main() -> int:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NUMBA_CACHE_DIR"] = folder  # kernels that come from disk have no assembly
-        sys.exit(main())
+        name = sys.argv[1] if len(sys.argv) > 1 else "float32"
+        sys.exit(main(getattr(importlib.import_module("ml_dtypes"), name) if name == "bfloat16" else name))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llvmlite import binding as llvm
 
 from swl.backends.host.threads import POOL
 from swl.backends.registry import _REGISTRY
@@ -191,12 +192,15 @@ def test_pytest_compares_with_a_run_of_another_machine(tmp_path: Path) -> None:
     assert "SWL_BACKEND is 'abacus'" in refused.stderr
 
 
-def test_the_inner_loops_are_vectors_without_calls() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_inner_loops_are_vectors_without_calls(dtype: str) -> None:
     """Read from the assembly; the exponential, a polynomial, shows in the multiply-adds."""
-    command = [sys.executable, "bench/assembly.py"]
+    command = [sys.executable, "bench/assembly.py", dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     if "x86-64, not that of" in done.stdout:
         return  # nothing to read there
     assert any(int(n) >= 12 for n in re.findall(r"(\d+) multiply-adds", done.stdout))
     assert all(n == "0" for n in re.findall(r"(\d+) calls$", done.stdout, re.MULTILINE))
+    by_instruction = dtype == "bfloat16" and llvm.get_host_cpu_features().get("avx512bf16")
+    assert any(n != "0" for n in re.findall(r"(\d+) roundings", done.stdout)) == bool(by_instruction)

@@ -159,6 +159,20 @@ def test_gradients_hold_hardly_any_subnormal_numbers(dtype: Any) -> None:
     assert (grad == 0).mean() > 0.5
 
 
+def test_rows_without_options_get_no_subnormal_gradient() -> None:
+    """Their rounding to bfloat16 relies on it (`simd.normal`).
+
+    The exponentials lie around the least normal number; with each `dout`, rounding alone would bring one gradient below it.
+    """
+    z = np.concatenate([[0], np.arange(-104.4, -103.9, 2.0**-17)]).astype(np.float32)[None]
+    for factor in (1.1389981663610602, 1.1570761793632272, 1.2590931821970328, 1.3404817469578263):
+        with swl.use_backend("numba"):
+            _, grad = swl.cross_entropy_value_and_grad(z, np.array([0]), dout=factor * 2**24, reduction="sum")
+        size = np.abs(grad[0, 1:])
+        assert np.count_nonzero(size) > 1000
+        assert not ((size != 0) & (size < np.finfo(np.float32).tiny)).any()
+
+
 @pytest.mark.parametrize("C", [1, 2, 10, 63, 64])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_rows_of_few_classes_are_what_longer_rows_are(C: int, dtype: Any) -> None:

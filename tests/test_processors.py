@@ -66,21 +66,22 @@ def test_singles_become_the_nearest_half() -> None:
 
 
 def test_singles_become_the_nearest_bfloat16() -> None:
-    """At every bfloat16, at every tie between two and on both sides of it, subnormal numbers and the largest included."""
-    every = (np.arange(0x7F81, dtype=np.uint32) << 16).view(np.float32)  # up to inf
-    ties = (np.arange(0x7F80, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
-    beside = [np.nextafter(ties, np.float32(to)) for to in (0, np.inf)]
-    random = np.random.default_rng(0).integers(0, 1 << 32, 1_000_000, np.uint32).view(np.float32)
-    nan = np.array([0x7F800001, 0x7FC00000, 0x7FFFFFFF], np.uint32).view(np.float32)
-    x = np.concatenate([every, ties, *beside, nan, random])
-    x = np.concatenate([x, (x.view(np.uint32) ^ np.uint32(1 << 31)).view(np.float32)])
+    """At every bfloat16 and NaN, at every tie between two, on both sides of them, and at random bits.
+
+    In order, so that vectors are all normal, all subnormal or all NaN; mixed; and a subnormal number alone in each lane.
+    """
+    rng = np.random.default_rng(0)
+    lower = np.concatenate([[0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], rng.integers(0, 1 << 16, 26)])
+    every = (np.arange(1 << 16)[:, None] << 16 | lower).ravel()
+    alone = [np.diag(np.full(64, n)).ravel() for n in (0x00000001, 0x00018000, 0x007FFFFF, 0x80400001)]
+    bits = np.concatenate([every, rng.permutation(every), *alone]).astype(np.uint32)
+    x = bits.view(np.float32)
     with np.errstate(all="ignore"):
-        got, want = convert(x, np.int16).view(BFLOAT16), x.astype(BFLOAT16)
-    np.testing.assert_array_equal(np.isnan(got), np.isnan(x))
-    there = ~np.isnan(x)
-    np.testing.assert_array_equal(got[there].view(np.uint16), want[there].view(np.uint16))
+        want = np.where(np.isnan(x), bits >> 16 | 0x40, x.astype(BFLOAT16).view(np.uint16))  # a NaN becomes quiet
+    got = convert(x, np.int16).view(np.uint16)
+    np.testing.assert_array_equal(got, want)
     back = convert(got.view(np.int16), np.float32)
-    np.testing.assert_array_equal(back.view(np.uint32), got.view(np.uint16).astype(np.uint32) << 16)
+    np.testing.assert_array_equal(back.view(np.uint32), got.astype(np.uint32) << 16)
 
 
 @pytest.mark.parametrize("kind", ["ids", "probabilities"])

@@ -21,6 +21,7 @@ KERNELS = "swl/backends/numba/kernels.py"
 ROWS = "swl/backends/numba/rows.py"
 FEW = "swl/backends/numba/few_classes.py"
 VIEWS = "swl/backends/numba/simd/views.py"
+CONVERSIONS = "swl/backends/numba/simd/conversions.py"
 GEMM = "swl/backends/numba/gemm.py"
 TILE = "swl/backends/numba/gemm_tile.py"
 PRODUCTS = "swl/backends/numba/products.py"
@@ -322,6 +323,20 @@ MUTANTS = [
         "value = builder.fadd(builder.load(pointer, align=size), sums[r, v]) if adds else sums[r, v]",
         "value = sums[r, v]",
         "test_products.py:long_sums or wherever_they_lie",
+    ),
+    Mutant(  # where the processor has vcvtneps2bf16; elsewhere nothing runs it
+        "bfloat16: subnormal numbers of a vector's second register are rounded to 0",
+        CONVERSIONS,
+        "found = builder.bitcast(reduce(builder.or_, classes), ir.IntType(REGISTER))",
+        "found = builder.bitcast(classes[0], ir.IntType(REGISTER))",
+        "test_processors.py:nearest_bfloat16",
+    ),
+    Mutant(
+        "the least exponential with a normal gradient is not raised by its own rounding",
+        ROWS,
+        "tiny = scalar(k, np.finfo(k).tiny * (1 + 2 * np.finfo(k).eps))",
+        "tiny = scalar(k, np.finfo(k).tiny)",
+        "test_cpu_kernels.py:no_subnormal_gradient",
     ),
     Mutant(
         "product: of a pair that is cut off at the end of the inner axis the second number is read",

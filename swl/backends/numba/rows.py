@@ -32,6 +32,7 @@ from swl.backends.numba.simd import (
     load_tail,
     max_lanes,
     maximum,
+    normal,
     prefetch,
     product_from,
     scalar,
@@ -201,16 +202,21 @@ def factor_of(k: Any, pull: Pull) -> Any:
 
     What comes out below that is written as 0: subnormal numbers would slow this loop, and every product that reads them, tens of
     times.
+
+    Rounding brings no product below it either. `least` is (tiny + 2u)/|c|, where u is the spacing of subnormal numbers. If it is
+    normal, it is rounded by 2⁻²⁴ of itself at most (float64: 2⁻⁵³), so `least`·|c| ≥ tiny + 1.5u. If it is subnormal, it is rounded
+    by u/2 at most, and `least`·|c| ≥ tiny up to |c| = 4. For larger |c| no exponential is in (0, tiny/2).
     """
     c = (pull.mass + pull.z) * k * pull.scale
-    return splat(pull.mass * k), splat(pull.z * k), splat(c), splat(scalar(k, np.finfo(k).tiny) / abs(c))
+    tiny = scalar(k, np.finfo(k).tiny * (1 + 2 * np.finfo(k).eps))
+    return splat(pull.mass * k), splat(pull.z * k), splat(c), splat(tiny / abs(c))
 
 
 @njit(**INNER)
 def _late_gradient(late: Late, factor: Any, j: int, low: Any) -> Any:
     """∂L/∂z = (A + z)·p·scale of a vector, the target class's part left out."""
     _, _, c, least = factor
-    return product_from(load(late.exps, j, low), c, least)
+    return normal(product_from(load(late.exps, j, low), c, least))
 
 
 @njit(**INNER)
@@ -316,7 +322,7 @@ def _gradient(row: Any, extras: Any, j: int, stop: Any, low: Any, exps: Any, fac
     mass, z, c, least = factor
     e = load(exps, j, low)
     if extras is None and hot is None:
-        return product_from(e, c, least)
+        return normal(product_from(e, c, least))
     e = drop_below(e, least)
     minus_y = splat(scalar(low, 0)) if hot is None else hot
     if extras is not None and extras.dense:

@@ -46,7 +46,7 @@ from swl.backends.numba.simd.memory import (
     store_tail,
     to_line,
 )
-from swl.backends.numba.simd.vectors import BYTES, first_lane, keep, lanes, scalar, set_lane, splat
+from swl.backends.numba.simd.vectors import BYTES, first_lane, keep, lanes, normal, scalar, set_lane, splat
 from swl.backends.numba.simd.views import (
     address_in,
     cut,
@@ -85,6 +85,7 @@ __all__ = [
     "max_lanes",
     "maximum",
     "move",
+    "normal",
     "part",
     "prefetch",
     "product_from",

@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
 
-from swl.backends.numba.simd.vectors import I16, I32, Vector, constant
+from swl.backends.numba.simd.vectors import I16, I32, Normal, Vector, call, constant
+
+REGISTER = 16
+"""Lanes of float32 in a register of AVX-512."""
+SUBNORMAL = I32(0x20)
+"""The class of numbers that `vfpclassps` looks for."""
 
 
 def has(context: Any, feature: str) -> bool:
@@ -72,6 +77,49 @@ def _single_to_half(builder: Any, value: Any, vector: Vector) -> Any:
     return builder.trunc(builder.or_(h, sign), ir.VectorType(I16, vector.lanes))
 
 
+def _single_to_bfloat(builder: Any, value: Any, vector: Vector) -> Any:
+    """Round single precision to bfloat16 by integers."""
+    const = partial(_whole_numbers, vector)
+    bits = builder.bitcast(value, const(0).type)
+    even = builder.and_(builder.lshr(bits, const(16)), const(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(even, const(0x7FFF))), const(16))
+    quiet = builder.or_(builder.lshr(bits, const(16)), const(0x40))  # rounding must not turn a NaN into an inf
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, quiet, rounded), ir.VectorType(I16, vector.lanes))
+
+
+def _registers(builder: Any, value: Any) -> list[Any]:
+    """Cut a vector of float32 into registers of AVX-512."""
+    indices = [list(range(start, start + REGISTER)) for start in range(0, value.type.count, REGISTER)]
+    return [builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(I32, REGISTER), lanes)) for lanes in indices]
+
+
+def _joined(builder: Any, a: Any, b: Any) -> Any:
+    """Put the lanes of one vector after those of another."""
+    lanes = list(range(a.type.count + b.type.count))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def _normal_to_bfloat(builder: Any, value: Any) -> Any:
+    """Round single precision to bfloat16 by `vcvtneps2bf16`: to the same bits, but for subnormal numbers, which it takes as 0."""
+    kind, name = ir.VectorType(I16, REGISTER), "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    return reduce(partial(_joined, builder), [call(builder, name, kind, [x]) for x in _registers(builder, value)])
+
+
+def _unless_subnormal(builder: Any, rounded: Any, value: Any, vector: Vector) -> Any:
+    """Take the vector that `value` was rounded to, but round by integers where it has a subnormal number."""
+    kind, name = ir.VectorType(ir.IntType(1), REGISTER), "llvm.x86.avx512.fpclass.ps.512"
+    classes = [call(builder, name, kind, [x, SUBNORMAL]) for x in _registers(builder, value)]
+    found = builder.bitcast(reduce(builder.or_, classes), ir.IntType(REGISTER))
+    before = builder.block
+    with builder.if_then(builder.icmp_unsigned("!=", found, found.type(0)), likely=False):
+        by_integers, aside = _single_to_bfloat(builder, value, vector), builder.block
+    result = builder.phi(rounded.type)
+    result.add_incoming(rounded, before)
+    result.add_incoming(by_integers, aside)
+    return result
+
+
 def to_lanes(context: Any, builder: Any, raw: Any, dtype: Any, vector: Vector) -> Any:
     """Convert a vector in memory's type to lanes."""
     if dtype == vector.lane:
@@ -88,8 +136,9 @@ def to_lanes(context: Any, builder: Any, raw: Any, dtype: Any, vector: Vector) -
     raise NotImplementedError(f"load of {dtype}")
 
 
-def from_lanes(context: Any, builder: Any, value: Any, dtype: Any, vector: Vector) -> Any:
+def from_lanes(context: Any, builder: Any, value: Any, dtype: Any, kind: Vector | Normal) -> Any:
     """Convert lanes to memory's type, rounding to nearest even."""
+    vector = kind.vector if isinstance(kind, Normal) else kind
     if dtype == vector.lane:
         return value
     if vector.lane != types.float32:
@@ -100,11 +149,8 @@ def from_lanes(context: Any, builder: Any, value: Any, dtype: Any, vector: Vecto
         half = builder.fptrunc(value, ir.VectorType(ir.HalfType(), vector.lanes))
         return builder.bitcast(half, ir.VectorType(I16, vector.lanes))
     if dtype == types.int16:
-        const = partial(_whole_numbers, vector)
-        bits = builder.bitcast(value, const(0).type)
-        even = builder.and_(builder.lshr(bits, const(16)), const(1))
-        rounded = builder.lshr(builder.add(bits, builder.add(even, const(0x7FFF))), const(16))
-        quiet = builder.or_(builder.lshr(bits, const(16)), const(0x40))  # rounding must not turn a NaN into an inf
-        is_nan = builder.fcmp_unordered("uno", value, value)
-        return builder.trunc(builder.select(is_nan, quiet, rounded), ir.VectorType(I16, vector.lanes))
+        if not has(context, "avx512bf16"):
+            return _single_to_bfloat(builder, value, vector)
+        rounded = _normal_to_bfloat(builder, value)
+        return rounded if isinstance(kind, Normal) else _unless_subnormal(builder, rounded, value, vector)
     raise NotImplementedError(f"store to {dtype}")

@@ -12,6 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import register_default
 from numba.core.datamodel.models import PrimitiveModel
+from numba.core.imputils import lower_cast
+from numba.core.typeconv import Conversion
 from numba.core.typing import signature
 from numba.extending import intrinsic
 
@@ -42,6 +44,29 @@ class Vector(types.Type):
 class _VectorModel(PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
         super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+class Normal(types.Type):
+    """The Numba type of a vector without subnormal numbers, to be stored. It has no arithmetic, which might give it some."""
+
+    def __init__(self, vector: Vector) -> None:
+        self.vector = vector
+        self.lanes = vector.lanes
+        super().__init__(name=f"Normal({vector.name})")
+
+    def can_convert_to(self, typingctx: Any, other: Any) -> Any:
+        return Conversion.safe if other == self.vector else None
+
+
+@register_default(Normal)
+class _NormalModel(PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Normal) -> None:
+        super().__init__(dmm, fe_type, fe_type.vector.llvm)
+
+
+@lower_cast(Normal, Vector)
+def _to_vector(context: Any, builder: Any, normal: Any, vector: Any, value: Any) -> Any:
+    return value
 
 
 def vector_of(dtype: Any) -> Vector:
@@ -127,6 +152,16 @@ def set_lane(typingctx: Any, value: Any, lane: Any, scalar: Any) -> Any:
         return builder.insert_element(args[0], args[2], builder.trunc(args[1], I32))
 
     return signature(value, value, types.intp, value.lane), codegen
+
+
+@intrinsic
+def normal(typingctx: Any, value: Any) -> Any:
+    """Promise that no lane is subnormal, which spares `store` looking for one."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return args[0]
+
+    return signature(Normal(value), value), codegen
 
 
 @intrinsic
