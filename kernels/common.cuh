@@ -80,8 +80,6 @@ __device__ __forceinline__ A max_or_nan(A a, A b) {
   return (a >= b || a != a) ? a : b;
 }
 
-__device__ __forceinline__ float exp_of(float x) { return expf(x); }
-__device__ __forceinline__ double exp_of(double x) { return exp(x); }
 // a·b + c, rounded once: as written, whatever the compiler may contract elsewhere
 __device__ __forceinline__ float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_of(double a, double b, double c) { return fma(a, b, c); }
@@ -94,8 +92,10 @@ __device__ __forceinline__ float exp_of_difference(float u) { return exp2f(u * L
 __device__ __forceinline__ double exp_of_difference(double u) { return exp(u); }
 __device__ __forceinline__ float exp_of_difference(float u, float s) { return exp2f(fma_of(u, LOG2_E, -s * LOG2_E)); }
 __device__ __forceinline__ double exp_of_difference(double u, double s) { return exp(u - s); }
-__device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
-__device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
+__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+__device__ __forceinline__ double exp2_of(double x) { return exp2(x); }
+__device__ __forceinline__ float reciprocal(float x) { return __fdividef(1, x); }
+__device__ __forceinline__ double reciprocal(double x) { return 1 / x; }
 
 // ------------------------------------------------------------------------------------------------ global memory
 

@@ -23,10 +23,12 @@
 
 #include "rows.cuh"
 
-#if __CUDA_ARCH__ < 800
-#define BLOCKS_OF_512 1  // compute capability 7.5 has half as many threads a processor
+#if __CUDA_ARCH__ < 800  // compute capability 7.5 has half as many threads a processor
+#define BLOCKS_OF_512 1
+#define BLOCKS_OF_256 3
 #else
 #define BLOCKS_OF_512 2
+#define BLOCKS_OF_256 4
 #endif
 
 // A row by LANES lanes of a warp (a power of two up to 32; blockDim.x / LANES rows per block), or by a block (LANES =
@@ -44,10 +46,9 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_
   DYNAMIC_SHARED(shared);
   Row<A>* const row_of_block = reinterpret_cast<Row<A>*>(shared);  // 64 bytes
   Sums<A>* const warps = reinterpret_cast<Sums<A>*>(shared + 4);   // 16 of them
-  typedef Turn<T, V, KIND == PLAIN || KEEP ? TURN : 1> Packed;
+  typedef Turn<T, V, KEEP ? TURN : AtOnce<T, KIND>::value ? TURN : Unroll<T, KIND>::PACKS> Packed;
   typename Packed::Word* const stage = reinterpret_cast<typename Packed::Word*>(shared + 4 + 16 * sizeof(Sums<A>) / 16);
 
-  const Wanted want = wanted<KIND>(p, out.entropy_n);
   const int lanes = LANES ? LANES : blockDim.x;
   const int lane = LANES ? threadIdx.x % (LANES ? LANES : 1) : threadIdx.x;
   const i64 n = LANES ? ((i64)blockIdx.x * blockDim.x + threadIdx.x) / LANES : blockIdx.x;
@@ -63,25 +64,23 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_
   for (int k = 0; k < turns; ++k) {
     const int j = lane + k * each;
     Packed packed = load_turn<Packed::SIZE>(at, j, lanes, narrow<T>(-infinity<A>()));
-    absorb_turn<T, KIND>(sums, p, want, n, at, j, lanes, packed);
+    absorb_turn<T, KIND>(sums, p, n, at, j, lanes, packed);
     if (KEEP && k == 0) {
       kept = packed;
     } else if (KEEP && grad_nc) {
-#pragma unroll
-      for (int u = 0; u < Packed::SIZE; ++u)  // read back by this thread alone
-        if (j + u * lanes < at.packs) stage[j + u * lanes - each] = packed.words[u];
+      packed.copy_to(stage + (j - each), lanes, at.packs - j);  // read back by this thread alone
     }
   }
 
   Row<A> row{};
   A r = 0;
   if (LANES) {
-    sums = combine_lanes<LANES ? LANES : 32>(sums, want);
+    sums = combine_lanes<LANES ? LANES : 32, KIND>(sums);
     if (lane == 0 && exists) {
-      row = finish<T, KIND>(p, out, want, n, sums, r);
+      row = finish<T, KIND>(p, out, n, sums, r);
       if (grad_nc) {
         row.scale = load(row_scale_n + n * scale_stride);
-        close_row(p, row, r);
+        close_row<KIND>(p, row, r);
       }
     }
     if (!grad_nc) return;
@@ -95,12 +94,12 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_
     row.counts = __shfl_sync(ALL_LANES, (int)row.counts, 0, LANES ? LANES : 32);
     __syncwarp();  // lane 0 has read logits[hot], which a gradient may overwrite: shuffles do not order memory
   } else {
-    sums = combine_block(sums, want, warps);
+    sums = combine_block<KIND>(sums, warps);
     if (threadIdx.x == 0) {
-      row = finish<T, KIND>(p, out, want, n, sums, r);
+      row = finish<T, KIND>(p, out, n, sums, r);
       if (KEEP && grad_nc) {
         row.scale = load(row_scale_n + n * scale_stride);
-        close_row(p, row, r);
+        close_row<KIND>(p, row, r);
         *row_of_block = row;
       }
     }
@@ -112,15 +111,10 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_
   if (!KEEP) return;
   G* grad = grad_nc + n * grad_stride;
   const bool wide = lead_of<G, V>(grad) == at.lead;
-  if (!row.counts) kept = Packed{};
 #pragma unroll 1
   for (int k = 0; k < turns; ++k) {
     const int j = lane + k * each;
-    if (k > 0 && row.counts) {
-#pragma unroll
-      for (int u = 0; u < Packed::SIZE; ++u)
-        if (j + u * lanes < at.packs) kept.words[u] = stage[j + u * lanes - each];
-    }
+    if (k > 0) kept.copy_from(stage + (j - each), lanes, at.packs - j);
     write_turn<G, T, KIND>(p, row, n, at, j, lanes, kept, grad, wide);
   }
   write_hot<G, T>(row, at, 0, lane, lanes, grad);
@@ -128,23 +122,22 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_
 
 // Stage one of a row by gridDim.x / N blocks: block (n, s) sums the packs [s·packs_each, (s + 1)·packs_each) of row n.
 template <typename T, int KIND, int V>
-__global__ void __launch_bounds__(256, 4)
-    ce_partial(const Problem<T> p, i64 splits, i64 packs_each, Acc<T>* sums_ns, i64* at_ns, int stats) {
+__global__ void __launch_bounds__(256, BLOCKS_OF_256)
+    ce_partial(const Problem<T> p, i64 splits, i64 packs_each, Acc<T>* sums_ns, i64* at_ns) {
   typedef Acc<T> A;
   DYNAMIC_SHARED(shared);
-  const Wanted want = wanted<KIND>(p, stats ? &p : nullptr);
   const i64 n = blockIdx.x / splits, s = blockIdx.x % splits;
   const T* logits = p.logits_nc + n * p.stride;
   const Packs<T, V> row = packs_of_row<T, V>(logits, p.C);
   const Packs<T, V> at = row.before((int)min_of((s + 1) * packs_each, row.packs));
-  typedef Turn<T, V, KIND == PLAIN ? TURN : 1> Packed;
+  typedef Turn<T, V, Unroll<T, KIND>::PACKS> Packed;
   Sums<A> sums = nothing<A>();
 #pragma unroll 1
   for (int j = (int)(s * packs_each) + threadIdx.x; j < at.packs; j += Packed::SIZE * blockDim.x) {
     Packed packed = load_turn<Packed::SIZE>(at, j, blockDim.x, narrow<T>(-infinity<A>()));
-    absorb_turn<T, KIND>(sums, p, want, n, at, j, blockDim.x, packed);
+    absorb_turn<T, KIND>(sums, p, n, at, j, blockDim.x, packed);
   }
-  sums = combine_block(sums, want, reinterpret_cast<Sums<A>*>(shared));
+  sums = combine_block<KIND>(sums, reinterpret_cast<Sums<A>*>(shared));
   if (threadIdx.x == 0) {
     A* to = sums_ns + (n * splits + s) * SUMS;
     store(to + 0, sums.max);
@@ -163,20 +156,19 @@ template <typename T, int KIND>
 __global__ void __launch_bounds__(128)
     ce_combine(const Problem<T> p, const RowsOut<T> out, i64 splits, const Acc<T>* sums_ns, const i64* at_ns) {
   typedef Acc<T> A;
-  const Wanted want = wanted<KIND>(p, out.entropy_n);
   const int lane = threadIdx.x % 32;
   const i64 n = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / 32;
   Sums<A> sums = nothing<A>();
   if (n < p.N) {
     for (i64 s = lane; s < splits; s += 32) {
       const A* from = sums_ns + (n * splits + s) * SUMS;
-      sums = combine(sums, Sums<A>{load(from + 0), load(from + 1), load(from + 2), load(from + 3), load(from + 4),
+      sums = combine<KIND>(sums, Sums<A>{load(from + 0), load(from + 1), load(from + 2), load(from + 3), load(from + 4),
                                load(from + 5), load(from + 6), load(at_ns + n * splits + s)});
     }
   }
-  sums = combine_lanes<32>(sums, want);
+  sums = combine_lanes<32, KIND>(sums);
   A r;
-  if (lane == 0 && n < p.N) finish<T, KIND>(p, out, want, n, sums, r);
+  if (lane == 0 && n < p.N) finish<T, KIND>(p, out, n, sums, r);
 }
 
 // Gradients from M, S and A. A block is blockDim.x / lanes rows of `lanes` threads, a power of two; a thread writes up
@@ -188,7 +180,7 @@ __global__ void __launch_bounds__(128)
 //   logits (4 bytes)    |turn 0        |turn 1        |turn 2        |
 //   gradients (2 bytes) |0     |1     |2     |                          turn 2 is written when all have read it
 template <typename T, int KIND, int V, typename G = T>
-__global__ void __launch_bounds__(256, 4)
+__global__ void __launch_bounds__(256, BLOCKS_OF_256)
     ce_backward(const Problem<T> p, const Acc<T>* row_max_n, const Acc<T>* log_sum_n, const Acc<T>* mass_n,
         const Acc<T>* row_scale_n, i64 scale_stride, G* grad_nc, i64 grad_stride, int lanes, int each, i64 tiles) {
   typedef Acc<T> A;
@@ -208,7 +200,7 @@ __global__ void __launch_bounds__(256, 4)
     row.scale = load(row_scale_n + n * scale_stride);
     const int pack = (int)((row.hot + lead_of<T, V>(p.logits_nc + n * p.stride)) / V);
     if (pack / (lanes * each) != tile) row.hot = -1;  // another block writes there, perhaps over its logit
-    close_row(p, row, row.hot >= 0 ? hot_logit(p, n, row.hot) : (A)0);
+    close_row<KIND>(p, row, row.hot >= 0 ? hot_logit<KIND>(p, n, row.hot) : (A)0);
     rows[threadIdx.x] = row;
   }
   __syncthreads();  // a row's threads read what one thread wrote
@@ -219,7 +211,7 @@ __global__ void __launch_bounds__(256, 4)
   G* grad = grad_nc + (exists ? n : 0) * grad_stride;
   const Packs<T, V> row_packs = packs_of_row<T, V>(logits, p.C), at = row_packs.before(exists ? row_packs.packs : 0);
   const bool wide = lead_of<G, V>(grad) == at.lead;
-  typedef Turn<T, V, KIND == PLAIN ? TURN : 1> Packed;
+  typedef Turn<T, V, sizeof(T) == 2 && (KIND & (SOFTCAP | WEIGHTS)) ? 1 : Unroll<T, KIND>::PACKS> Packed;
 #pragma unroll 1
   for (int k = 0; k < each; k += Packed::SIZE) {
     const int j = (int)min_of((tile * each + k) * lanes + lane, at.packs);

@@ -15,22 +15,15 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T x[V];
 };
 
-// A pack as a ring of registers: the first G elements, and the pack turned by G. Registers cannot be indexed by a
-// variable, so a loop that takes one group a turn always takes the first and turns the pack; V/G turns restore it. The
-// loop's body is then compiled once, and its temporaries are those of G elements.
+// Takes the first G elements out of a pack; the others move up. A loop that is not unrolled cannot index registers.
 template <int G, typename T, int V>
-__device__ __forceinline__ Pack<T, G> first_of(const Pack<T, V>& pack) {
-  Pack<T, G> group;
+__device__ __forceinline__ Pack<T, G> take(Pack<T, V>& pack) {
+  Pack<T, G> first;
 #pragma unroll
-  for (int i = 0; i < G; ++i) group.x[i] = pack.x[i];
-  return group;
-}
-template <int G, typename T, int V>
-__device__ __forceinline__ void turn(Pack<T, V>& pack, const Pack<T, G>& group) {  // `group` comes in at the end
+  for (int i = 0; i < G; ++i) first.x[i] = pack.x[i];
 #pragma unroll
   for (int i = 0; i + G < V; ++i) pack.x[i] = pack.x[i + G];
-#pragma unroll
-  for (int i = 0; i < G; ++i) pack.x[V - G + i] = group.x[i];
+  return first;
 }
 
 // Elements of T in 16 bytes.
@@ -113,11 +106,24 @@ __device__ __forceinline__ Pack<G, V> narrow_all(const A (&g)[V]) {
 
 // Where a pack lies: its columns are c, c + 1, …, of which those from c + from to before c + to exist.
 struct Span {
+  static const bool INSIDE = false;
   i64 c;
   int from, to;
   __device__ __forceinline__ bool has(int i) const { return i >= from && i < to; }
   __device__ __forceinline__ bool whole(int V) const { return from <= 0 && to >= V; }
+  __device__ __forceinline__ bool lies_on_16(const void* p) const { return is_aligned(p, 16); }
   __device__ __forceinline__ Span after(int i) const { return Span{c + i, from - i, to - i}; }
+};
+
+// The same of a pack that lies inside its row: code that is compiled for it tests nothing, not even whether what belongs
+// to its columns lies on a 16-byte boundary as the pack does.
+template <bool ON_16>
+struct Inside {
+  static const bool INSIDE = true;
+  i64 c;
+  __device__ __forceinline__ bool has(int) const { return true; }
+  __device__ __forceinline__ bool whole(int) const { return true; }
+  __device__ __forceinline__ bool lies_on_16(const void*) const { return ON_16; }
 };
 
 // Packs of a row of C; C below 2^31·V.
@@ -159,6 +165,7 @@ struct Packs {
     return j >= first && j + (U - 1) * step < last;
   }
   __device__ __forceinline__ Span span(int j) const { return span_of<V>(j, lead, C); }
+  __device__ __forceinline__ i64 column(int j) const { return (i64)j * V - lead; }
   // Packs up to `end` only.
   __device__ __forceinline__ Packs before(int end) const {
     return Packs{row, C, lead, end < packs ? end : packs, first, end < last ? end : last};
@@ -183,11 +190,32 @@ struct Turn {
     memcpy(&pack, &words[u], sizeof pack);
     return pack;
   }
-  // A pack at the end; all others move up. A loop that is not unrolled cannot index registers.
+  // A pack at the end; all others move up.
   __device__ __forceinline__ void push(const Pack<T, V>& last) {
 #pragma unroll
     for (int u = 0; u + 1 < U; ++u) words[u] = words[u + 1];
     memcpy(&words[U - 1], &last, sizeof last);
+  }
+  // The first `exist` of the words to a thread's own places, `step` apart, and from there.
+  __device__ __forceinline__ void copy_to(Word* place, int step, int exist) const {
+    if ((U - 1) * step < exist) {
+#pragma unroll
+      for (int u = 0; u < U; ++u) place[u * step] = words[u];
+    } else {
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+        if (u * step < exist) place[u * step] = words[u];
+    }
+  }
+  __device__ __forceinline__ void copy_from(const Word* place, int step, int exist) {
+    if ((U - 1) * step < exist) {
+#pragma unroll
+      for (int u = 0; u < U; ++u) words[u] = place[u * step];
+    } else {
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+        if (u * step < exist) words[u] = place[u * step];
+    }
   }
   // The first pack, which goes to the end: U times bring all back to where they were.
   __device__ __forceinline__ Pack<T, V> next() {
@@ -213,9 +241,39 @@ __device__ __forceinline__ Turn<T, V, U> load_turn(const Packs<T, V>& at, int j,
   return turn;
 }
 
+// Calls f(where, pack) for the packs j, j + step, … of a row: `straight`, as if all were inside, unrolled if UNROLL; else
+// one by one those that exist, G columns at a time. on_16: see Inside.
+template <bool UNROLL, int G, typename T, int V, int U, typename F>
+__device__ __forceinline__ void each_pack(
+    const Packs<T, V>& at, int j, int step, bool straight, bool on_16, Turn<T, V, U>& turn, const F& f) {
+  if constexpr (UNROLL) {
+    if (straight && on_16) {
+#pragma unroll
+      for (int u = 0; u < U; ++u) f(Inside<true>{at.column(j + u * step)}, turn.next());
+      return;
+    }
+    if (straight) {
+#pragma unroll
+      for (int u = 0; u < U; ++u) f(Inside<false>{at.column(j + u * step)}, turn.next());
+      return;
+    }
+  }
+#pragma unroll 1
+  for (int u = 0; u < U; ++u) {
+    Pack<T, V> pack = turn.next();
+    if (j + u * step >= at.packs) continue;
+    const Span where = at.span(j + u * step);
+#pragma unroll 1
+    for (int i = 0; i < V; i += G) {
+      const Pack<T, G> group = take<G>(pack);
+      f(where.after(i), group);
+    }
+  }
+}
+
 // Writes the columns that exist. `wide`: the packs of `row` are aligned.
-template <typename T, int V>
-__device__ __forceinline__ void store_pack(T* row, const Span& at, bool wide, const Pack<T, V>& pack) {
+template <typename T, int V, typename At>
+__device__ __forceinline__ void store_pack(T* row, const At& at, bool wide, const Pack<T, V>& pack) {
   if (wide && at.whole(V)) {
     store(reinterpret_cast<Pack<T, V>*>(row + at.c), pack);
   } else {

@@ -21,22 +21,22 @@ template <typename T, int KIND>
 __device__ __forceinline__ Row<Acc<T>> open_row(const Problem<T>& p, i64 n, Acc<T>& m, i64& id) {
   typedef Acc<T> A;
   Row<A> row;
-  id = KIND == PROBS ? 0 : load(p.ids_n + n);
+  id = KIND & PROBS ? 0 : load(p.ids_n + n);
   row.counts = id >= 0;
-  m = !row.counts ? (A)0 : KIND != PROBS && p.row_weight_n ? load(p.row_weight_n + n) : (A)1;
+  m = !row.counts ? (A)0 : !(KIND & PROBS) && p.row_weight_n ? load(p.row_weight_n + n) : (A)1;
   const i64 c = id - p.first_class;
-  const bool hit = KIND != PROBS && row.counts && c >= 0 && c < p.C;
+  const bool hit = !(KIND & PROBS) && row.counts && c >= 0 && c < p.C;
   row.hot = hit ? c : -1;
   row.at_hot = hit ? p.hot * m : (A)0;
   return row;
 }
 
 // r of the class id of row n.
-template <typename T>
+template <int KIND, typename T>
 __device__ __forceinline__ Acc<T> hot_logit(const Problem<T>& p, i64 n, i64 hot) {
   Acc<T> r = widen(load(p.logits_nc + n * p.stride + hot));
-  if (p.bias_c) r += load_shared_by_rows(p.bias_c + hot);
-  return r * p.temperature_inverse;
+  if (KIND & BIAS) r += load_shared_by_rows(p.bias_c + hot);
+  return KIND & TEMPERATURE ? r * p.temperature_inverse : r;
 }
 
 // ∂L/∂z = (A·p − y) + 2λ·m·(M + S)·p, scaled: where A·p is y, what is left of λ has all its digits.
@@ -46,18 +46,15 @@ __device__ __forceinline__ A gradient_of(const Row<A>& row, A z, A y) {
   return (row.mass * prob - y + row.pull * prob) * row.scale;
 }
 
-// Completes a row whose sums and scale are known: the gradient at its class id, whose logit is r, and nothing for all
-// of its columns if it does not count.
-template <typename T>
+// Completes a row whose sums and scale are known: the gradient at its class id, whose logit is r.
+template <int KIND, typename T>
 __device__ __forceinline__ void close_row(const Problem<T>& p, Row<Acc<T>>& row, Acc<T> r) {
   typedef Acc<T> A;
-  if (row.hot >= 0) {
-    A y = p.rest;
-    if (p.weight_c && p.rest != 0) y *= load_shared_by_rows(p.weight_c + row.hot);
-    row.at_hot = gradient_of(row, final_logit(p, r), y + row.at_hot);
-    if (p.softcap != 0) row.at_hot *= slope_of(p, r);
-  }
-  if (!row.counts) row.max = row.log_sum = row.mass = row.pull = row.scale = 0;
+  if (row.hot < 0) return;
+  A y = p.rest, slope = 1;
+  if (KIND & WEIGHTS) y *= load_shared_by_rows(p.weight_c + row.hot);
+  const A z = final_logit<true, KIND>(p, r, slope);
+  row.at_hot = gradient_of(row, z, y + row.at_hot) * slope;
 }
 
 template <typename A>
@@ -69,7 +66,7 @@ __device__ __forceinline__ A pull_of(A z_loss, A m, A max, A log_sum) {
 // class id.
 template <typename T, int KIND>
 __device__ __forceinline__ Row<Acc<T>> finish(
-    const Problem<T>& p, const RowsOut<T>& out, const Wanted& want, i64 n, const Sums<Acc<T>>& sums, Acc<T>& r) {
+    const Problem<T>& p, const RowsOut<T>& out, i64 n, const Sums<Acc<T>>& sums, Acc<T>& r) {
   typedef Acc<T> A;
   A m;
   i64 id;
@@ -79,13 +76,14 @@ __device__ __forceinline__ Row<Acc<T>> finish(
   const A S = M == -infinity<A>() ? not_a_number<A>() : (A)log((double)sums.exp);
 
   A d = row.counts ? sums.dot : (A)0, mass = row.counts ? sums.mass : (A)0, u_hot = 0;
-  if (KIND != PROBS && row.hot >= 0) {
-    r = hot_logit(p, n, row.hot);
-    u_hot = final_logit(p, r) - M;
+  if (!(KIND & PROBS) && row.hot >= 0) {
+    A slope;
+    r = hot_logit<KIND>(p, n, row.hot);
+    u_hot = final_logit<false, KIND>(p, r, slope) - M;
     if (row.at_hot != 0) d += row.at_hot * u_hot;
     mass += row.at_hot;
   }
-  if (KIND != PROBS && row.counts && !p.weight_c)  // the sum over C equal shares, without its rounding errors
+  if (!(KIND & PROBS) && row.counts && !p.weight_c)  // the sum over C equal shares, without its rounding errors
     mass = row.hot >= 0 ? p.mass_hit : p.mass_miss;
   A loss = mass * S - d;
   if (p.z_loss != 0) loss += p.z_loss * m * (M + S) * (M + S);
@@ -95,8 +93,8 @@ __device__ __forceinline__ Row<Acc<T>> finish(
   store(out.log_sum_n + n, S);
   store(out.target_dot_n + n, d);
   store(out.mass_n + n, mass);
-  if (want.stats) {
-    const A log_prob = KIND == PROBS ? sums.q_dot - sums.q_mass * S : row.hot >= 0 ? u_hot - S : (A)0;
+  if (Wanted<KIND>::stats) {
+    const A log_prob = KIND & PROBS ? sums.q_dot - sums.q_mass * S : row.hot >= 0 ? u_hot - S : (A)0;
     store(out.entropy_n + n, S - sums.entropy / sums.exp);  // −Σ p·(u − S)
     store(out.log_prob_n + n, id == INVALID ? nan : log_prob);
     store(out.argmax_n + n, sums.at);
@@ -114,83 +112,44 @@ __device__ __forceinline__ A gradient_without_target(const Row<A>& row, A z) {
   return exp_of_difference(z - row.max, row.log_sum) * ((row.mass + row.pull) * row.scale);
 }
 
-// The gradients of a group of row n, but for the class id's own share.
-template <typename G, typename T, int KIND, int V>
-__device__ __forceinline__ Pack<G, V> gradient_group(
-    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, const Pack<T, V>& group) {
-  typedef Acc<T> A;
-  A z[V], slope[V], y[V], q[V];
-  final_logits<true>(p, at, group, z, slope);
-  if (KIND == PROBS || p.rest != 0) {
-    target_group<T, KIND, V>(p, n, at, y, q);
-#pragma unroll
-    for (int i = 0; i < V; ++i) z[i] = gradient_of(row, z[i], y[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) z[i] = gradient_without_target(row, z[i]);
-  }
-  if (p.softcap != 0) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) z[i] *= slope[i];
-  }
-  return narrow_all<G>(z);
-}
-
-// The gradients of a pack of row n, likewise.
-template <typename G, typename T, int KIND, int V>
+// The gradients of a pack of row n, but for the class id's own share.
+template <typename G, typename T, int KIND, typename At, int V>
 __device__ __forceinline__ Pack<G, V> gradient(
-    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Span& at, Pack<T, V> pack) {
-  if constexpr (KIND == PLAIN) {
-    Acc<T> z[V];
-    widen_all(pack, z);
-#pragma unroll
-    for (int i = 0; i < V; ++i) z[i] = gradient_without_target(row, z[i]);
-    return narrow_all<G>(z);
-  } else {
-    const int S = Group<T, V>::N;
-    Pack<G, V> grads;
+    const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const At& at, const Pack<T, V>& pack) {
+  typedef Acc<T> A;
+  if constexpr (V > GroupOf<T, V>::N) {
+    Pack<T, V> ring = pack;  // the logits go out at its start, the gradients come in at its end
 #pragma unroll 1
-    for (int i = 0; i < V; i += S) {
-      const Pack<T, S> group = first_of<S>(pack);
-      const Pack<G, S> grad = gradient_group<G, T, KIND, S>(p, row, n, at.after(i), group);
-      if constexpr (Same<G, T>::value) {
-        turn(pack, grad);  // one ring holds both: two would cost registers
-      } else {
-        turn(pack, group);
-        turn(grads, grad);
-      }
+    for (int i = 0; i < V; ++i) {
+      const Pack<T, 1> one = take<1>(ring);
+      ring.x[V - 1] = gradient<G, T, KIND>(p, row, n, at.after(i), one).x[0];
     }
-    if constexpr (Same<G, T>::value)
-      return pack;
-    else
-      return grads;
+    return ring;
+  } else {
+    A z[V], slope[V], y[V], q[V];
+    final_logits<true, KIND>(p, at, pack, z, slope);
+    if (Wanted<KIND>::target) target_pack<T, KIND>(p, n, at, y, q);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      z[i] = Wanted<KIND>::target ? gradient_of(row, z[i], y[i]) : gradient_without_target(row, z[i]);
+      if (KIND & SOFTCAP) z[i] *= slope[i];
+    }
+    return narrow_all<G>(z);
   }
 }
 
-// Writes the gradients of a turn of row n; a row that does not count has logits of 0, whatever they are, and gradients
-// of 0.
+// Writes the gradients of a turn of row n; 0 if it does not count. A row past the end has no packs, and is not asked.
 template <typename G, typename T, int KIND, int V, int U>
 __device__ __forceinline__ void write_turn(const Problem<T>& p, const Row<Acc<T>>& row, i64 n, const Packs<T, V>& at,
-    int j, int step, Turn<T, V, U> turn, G* grad, bool wide) {
-  const bool whole = wide && at.template whole<U>(j, step);
-  Pack<G, V>* to = reinterpret_cast<Pack<G, V>*>(grad - at.lead) + j;
-  if (KIND == PLAIN && whole) {
-#pragma unroll
-    for (int u = 0; u < U; ++u, to += step) store(to, gradient<G, T, KIND, V>(p, row, n, Span{}, turn.pack(u)));
-    return;
-  }
-#pragma unroll 1
-  for (int u = 0; u < U; ++u, to += step) {
-    const Pack<T, V> pack = turn.next();
-    if (j + u * step >= at.packs) break;
-    const Span span = at.span(j + u * step);
-    Pack<G, V> grads{};
-    if (row.counts) grads = gradient<G, T, KIND, V>(p, row, n, span, pack);
-    if (whole)
-      store(to, grads);
-    else
-      store_pack(grad, span, wide, grads);
-  }
+    int j, int step, Turn<T, V, U>& turn, G* grad, bool wide) {
+  each_pack<Unroll<T, KIND>::value, V>(at, j, step, wide && at.template whole<U>(j, step) && row.counts,
+      columns_on_16<KIND>(p, at), turn,
+      [&](const auto& where, const Pack<T, V>& pack) {
+        const bool inside = where.INSIDE;
+        Pack<G, V> grads{};
+        if (inside || row.counts) grads = gradient<G, T, KIND>(p, row, n, where, pack);
+        store_pack(grad, where, inside || wide, grads);
+      });
 }
 
 // Writes the gradient at the class id, by the thread that wrote the pack that it is in.

@@ -24,27 +24,21 @@ __device__ __forceinline__ Sums<A> nothing() {
   return Sums<A>{-infinity<A>(), 0, 0, 0, 0, 0, 0, 0x7fffffffffffffffll};
 }
 
-// Which of the sums anyone asks for; the same for all threads.
+// Which of the sums anyone asks for.
+template <int KIND>
 struct Wanted {
-  bool target, stats;
+  static const bool target = (KIND & (SMOOTHING | PROBS)) != 0, stats = (KIND & STATS) != 0;
 };
-template <int KIND, typename T>
-__device__ __forceinline__ Wanted wanted(const Problem<T>& p, const void* entropy_n) {
-  if (KIND == PLAIN) return Wanted{false, false};
-  return Wanted{KIND == PROBS || p.rest != 0, entropy_n != nullptr};
-}
 
 // Moves the sums to a maximum at least as large: with s = old − new ≤ 0, Σ exp(u + s) and Σ y·(u + s).
-template <typename A>
+template <int KIND, typename A>
 __device__ __forceinline__ void rescale(Sums<A>& sums, A max) {
-  if (sums.max == max) return;
-  if (sums.max != -infinity<A>()) {  // else all sums are 0, or −inf for a target at −inf, and stay so
-    const A shift = sums.max - max, factor = exp_of_difference(shift);
-    sums.entropy = factor == 0 ? factor : factor * (sums.entropy + shift * sums.exp);
-    sums.exp *= factor;
-    if (sums.mass != 0) sums.dot += sums.mass * shift;
-    if (sums.q_mass != 0) sums.q_dot += sums.q_mass * shift;
-  }
+  if (sizeof(A) == 8 && sums.max == max) return;
+  const A shift = sums.max - (max == -infinity<A>() ? (A)0 : max), factor = exp_of_difference(shift);
+  if (Wanted<KIND>::stats) sums.entropy = factor == 0 ? factor : factor * (sums.entropy + shift * sums.exp);
+  sums.exp *= factor;
+  if (Wanted<KIND>::target && sums.mass != 0) sums.dot += sums.mass * shift;  // 0·∞ before the first logit
+  if (Wanted<KIND>::stats && sums.q_mass != 0) sums.q_dot += sums.q_mass * shift;
   sums.max = max;
 }
 
@@ -55,133 +49,119 @@ __device__ __forceinline__ bool comes_first(A z, i64 c, A than, i64 at) {
   return z > than || (z == than && c < at);
 }
 
-// Takes a group of columns into the sums.
-template <typename T, int KIND, int V>
-__device__ __forceinline__ void absorb_group(
-    Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, const Span& at, const Pack<T, V>& group) {
+// Takes a pack of logits z, none larger than the maximum, into the sums.
+template <typename T, int KIND, typename At, int V>
+__device__ __forceinline__ void absorb(
+    Sums<Acc<T>>& sums, const Problem<T>& p, i64 n, const At& at, const Acc<T> (&z)[V]) {
   typedef Acc<T> A;
-  A z[V], slope[V];
-  final_logits<false>(p, at, group, z, slope);
-  A max = sums.max;
-  if (want.stats) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      if (at.has(i) && comes_first(z[i], at.c + i, max, sums.at)) sums.at = at.c + i;
-      max = max_or_nan(max, z[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; ++i) max = max_or_nan(max, z[i]);
-  }
-  rescale(sums, max);
-  const A from = max == -infinity<A>() ? (A)0 : max;
+  const A from = sums.max == -infinity<A>() ? (A)0 : sums.max;
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const A u = z[i] - from, e = exp_of_difference(u);
     sums.exp += e;
-    if (want.stats && e != 0) sums.entropy += e * u;
+    if (Wanted<KIND>::stats && e != 0) sums.entropy += e * u;
   }
-  if (want.target) {
-    A y[V], q[V];
-    target_group<T, KIND, V>(p, n, at, y, q);
+  if (!Wanted<KIND>::target) return;
+  A y[V], q[V];
+  target_pack<T, KIND>(p, n, at, y, q);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const A u = z[i] - from;
-      if (y[i] != 0) sums.dot += y[i] * u;  // a class without mass adds nothing even at u = −inf
-      sums.mass += y[i];
-      if (KIND == PROBS && want.stats) {
-        if (q[i] != 0) sums.q_dot += q[i] * u;
-        sums.q_mass += q[i];
-      }
+  for (int i = 0; i < V; ++i) {
+    if (!at.has(i)) continue;
+    const A u = z[i] - from;
+    // a class without mass adds nothing even at u = −inf
+    if (!(KIND & (PROBS | WEIGHTS)) || y[i] != 0) sums.dot = fma_of(y[i], u, sums.dot);
+    sums.mass += y[i];
+    if ((KIND & PROBS) && Wanted<KIND>::stats) {
+      if (q[i] != 0) sums.q_dot = fma_of(q[i], u, sums.q_dot);
+      sums.q_mass += q[i];
     }
   }
 }
 
-// Takes a pack into the sums, group by group. The pack is turned once round, by reference: a copy would cost registers.
-template <typename T, int KIND, int V>
-__device__ __forceinline__ void absorb(
-    Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n, const Span& at, Pack<T, V>& pack) {
-  const int G = Group<T, V>::N;
-#pragma unroll 1
-  for (int i = 0; i < V; i += G) {
-    const Pack<T, G> group = first_of<G>(pack);
-    absorb_group<T, KIND, G>(sums, p, want, n, at.after(i), group);
-    turn(pack, group);
-  }
-}
+// Whether the largest final logit of a turn is known from the logits as they were loaded.
+template <typename T, int KIND>
+struct AtOnce {
+  static const bool value = Unroll<T, KIND>::value && !(KIND & (BIAS | SOFTCAP | WEIGHTS));
+};
 
-// Takes the packs of a turn into the sums. Without options their largest logit comes first, and the sums are rescaled
-// once.
+// Takes the packs of a turn into the sums. They are rescaled to the largest logit of the turn where that is known from
+// the logits as they were loaded; else to that of each pack.
 template <typename T, int KIND, int V, int U>
-__device__ __forceinline__ void absorb_turn(Sums<Acc<T>>& sums, const Problem<T>& p, const Wanted& want, i64 n,
-    const Packs<T, V>& at, int j, int step, Turn<T, V, U>& turn) {
+__device__ __forceinline__ void absorb_turn(Sums<Acc<T>>& sums, const Problem<T>& p, i64 n, const Packs<T, V>& at, int j,
+    int step, Turn<T, V, U>& turn) {
   typedef Acc<T> A;
-  if constexpr (KIND == PLAIN) {
-    A max = sums.max, z[V];
+  if (AtOnce<T, KIND>::value) {
+    A max = -infinity<A>();
 #pragma unroll
     for (int u = 0; u < U; ++u) max = max_or_nan(max, largest_of(turn.pack(u)));
-    const A from = max == -infinity<A>() ? (A)0 : max;
-    sums.exp *= exp_of_difference(sums.max - from);
-    sums.max = max;
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      widen_all(turn.pack(u), z);
-#pragma unroll
-      for (int i = 0; i < V; ++i) sums.exp += exp_of_difference(z[i] - from);
-    }
-  } else {
-#pragma unroll 1
-    for (int u = 0; u < U; ++u) {
-      Pack<T, V> pack = turn.next();
-      if (j + u * step < at.packs) absorb<T, KIND, V>(sums, p, want, n, at.span(j + u * step), pack);
-    }
+    if (KIND & TEMPERATURE) max *= p.temperature_inverse;
+    rescale<KIND>(sums, max_or_nan(sums.max, max));
   }
+  const int G = GroupOf<T, V>::N;
+  // −inf, which was loaded for columns outside the row, is no option's matter but in PLAIN
+  each_pack<Unroll<T, KIND>::value, G>(at, j, step, KIND == PLAIN || at.template whole<U>(j, step),
+      columns_on_16<KIND>(p, at), turn,
+      [&](const auto& where, const auto& pack) {
+        A z[G], slope[G];
+        final_logits<false, KIND>(p, where, pack, z, slope);
+        if (!AtOnce<T, KIND>::value) {
+          A max = sums.max;
+#pragma unroll
+          for (int i = 0; i < G; ++i) {
+            if (Wanted<KIND>::stats && where.has(i) && comes_first(z[i], where.c + i, max, sums.at))
+              sums.at = where.c + i;
+            max = max_or_nan(max, z[i]);
+          }
+          rescale<KIND>(sums, max);
+        }
+        absorb<T, KIND>(sums, p, n, where, z);
+      });
 }
 
 // The sums over the columns of both.
-template <typename A>
+template <int KIND, typename A>
 __device__ __forceinline__ Sums<A> combine(Sums<A> a, Sums<A> b) {
   if (comes_first(b.max, b.at, a.max, a.at)) a.at = b.at;
   const A max = max_or_nan(a.max, b.max);
-  rescale(a, max);
-  rescale(b, max);
+  rescale<KIND>(a, max);
+  rescale<KIND>(b, max);
   return Sums<A>{max, a.exp + b.exp, a.dot + b.dot, a.mass + b.mass, a.entropy + b.entropy, a.q_dot + b.q_dot,
       a.q_mass + b.q_mass, a.at};
 }
 
 // Lane 0 of every LANES lanes gets their sums, in a fixed order; all lanes of the warp take part.
-template <int LANES, typename A>
-__device__ __forceinline__ Sums<A> combine_lanes(Sums<A> sums, const Wanted& want) {
+template <int LANES, int KIND, typename A>
+__device__ __forceinline__ Sums<A> combine_lanes(Sums<A> sums) {
 #pragma unroll
   for (int step = LANES / 2; step > 0; step /= 2) {
     Sums<A> other = nothing<A>();
     other.max = __shfl_down_sync(ALL_LANES, sums.max, step, LANES);
     other.exp = __shfl_down_sync(ALL_LANES, sums.exp, step, LANES);
-    if (want.target) {
+    if (Wanted<KIND>::target) {
       other.dot = __shfl_down_sync(ALL_LANES, sums.dot, step, LANES);
       other.mass = __shfl_down_sync(ALL_LANES, sums.mass, step, LANES);
     }
-    if (want.stats) {
+    if (Wanted<KIND>::stats) {
       other.entropy = __shfl_down_sync(ALL_LANES, sums.entropy, step, LANES);
       other.q_dot = __shfl_down_sync(ALL_LANES, sums.q_dot, step, LANES);
       other.q_mass = __shfl_down_sync(ALL_LANES, sums.q_mass, step, LANES);
       other.at = __shfl_down_sync(ALL_LANES, sums.at, step, LANES);
     }
-    sums = combine(sums, other);
+    sums = combine<KIND>(sums, other);
   }
   return sums;
 }
 
 // Thread 0 gets the sums of the block. warps: shared memory for one Sums per warp.
-template <typename A>
-__device__ __forceinline__ Sums<A> combine_block(Sums<A> sums, const Wanted& want, Sums<A>* warps) {
+template <int KIND, typename A>
+__device__ __forceinline__ Sums<A> combine_block(Sums<A> sums, Sums<A>* warps) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  sums = combine_lanes<32>(sums, want);
+  sums = combine_lanes<32, KIND>(sums);
   if (lane == 0) warps[warp] = sums;
   __syncthreads();  // warp 0 reads what the others wrote
   if (warp == 0) {
     sums = lane < (int)(blockDim.x / 32) ? warps[lane] : nothing<A>();
-    sums = combine_lanes<32>(sums, want);
+    sums = combine_lanes<32, KIND>(sums);
   }
   return sums;
 }

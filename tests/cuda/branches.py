@@ -65,19 +65,28 @@ def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
         yield Case("block", dtype, 2, 200 * V + 3, gap=1, options=PLAIN, out="shifted")
         yield Case("two sweeps", dtype, 3, 2100 * V + 1, gap=V - 1, options=PLAIN, shared=1200, out="same")
         yield Case("split", dtype, 1, 2060 * V + 1, offset=1, options=PLAIN, processors=3)
-        yield Case("split", dtype, 1, 2060 * V, dense=q, options="smoothing stats", processors=3)
+        yield Case("split", dtype, 1, 2060 * V, dense=q, options=ALL, processors=3)
     for out in ("float16", "bfloat16") if np.float32 in dtypes else ():
         dtype = np.dtype(np.float32)
         for dense in ("", "float32"):
-            yield Case("part", dtype, 35, 10, gap=1, dense=dense, out=out)
+            yield Case("part", dtype, 35, 10, gap=1, dense=dense, options=ALL if dense else "", out=out)
             yield Case("warp", dtype, 6, 301, offset=1, dense=dense, options=ALL, out=out)
-            yield Case("block", dtype, 2, 2060, dense=dense, options="bias", out=out)
+            yield Case("block", dtype, 2, 2060, dense=dense, options=ALL, out=out)
         yield Case("part", dtype, 6, 30, options=ALL, out=out)
         yield Case("warp", dtype, 6, 301, offset=1, options=PLAIN, out=out)
         yield Case("block", dtype, 3, 8243, offset=1, options=PLAIN, out=out)
         yield Case("block", dtype, 2, 8243, offset=3, gap=2, options="smoothing", out=out)
         yield Case("two sweeps", dtype, 2, 8401, offset=1, options=ALL, shared=1200, out=out)
         yield Case("split", dtype, 1, 8240, processors=3, out=out)
+
+
+def single_options() -> Iterator[Case]:
+    """One option at a time, in rows long enough to go straight: some on a boundary, as the columns' bias, and some not."""
+    for dtype in (np.dtype(np.float32), np.dtype(np.float16)):
+        V = 16 // dtype.itemsize
+        for options in ("smoothing", "weight smoothing", "bias", "temperature", "softcap", "stats"):
+            yield Case("block", dtype, 4, 2064 * V, options=options)
+            yield Case("two sweeps", dtype, 3, 2100 * V + 1, offset=1, options=options, shared=1200, out="same")
 
 
 @contextmanager

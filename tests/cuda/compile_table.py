@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import instructions
 
-from swl.backends.cupy.compilation import OPTIONS, instances, module_source
+from swl.backends.cupy.compilation import KINDS, NARROWER, OPTIONS, SIZE, instances, kind, module_source
 
 ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
 
@@ -39,6 +39,19 @@ PROCESSOR = {
     "100": (2048, 65536, 228),
     "120": (1536, 65536, 100),
 }
+
+
+ALL = (kind(*{*KINDS} - {"STATS", "PROBS"}), kind(*KINDS))
+
+
+def modules() -> list[tuple[str, ...]]:
+    """List the modules that are looked at: of all kinds those of most use, and those that ask for all there is."""
+    found: list[tuple[str, ...]] = [("class_ids",)]
+    for T in SIZE:
+        found.append(("affine", T))
+        found += [("cross_entropy", T, KIND) for KIND in (("PLAIN",) if T == "double" else instructions.KINDS) + ALL]
+        found += [("cross_entropy", T, KIND, G) for G in NARROWER.get(T, ()) for KIND in ("PLAIN", "SMOOTHING", *ALL)]
+    return found
 
 
 class Kernel(NamedTuple):
@@ -63,12 +76,12 @@ class Kernel(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether it handles packs of 16 bytes."""
-        packs = r"ce_rows<\w+, \w+, (32|0),|ce_partial|ce_backward<\w+, \w+, [248][,>]|fill_rows|column_sums<.*, [248]>"
+        packs = r"ce_rows<\w+, [A-Z +]+, (32|0),|ce_partial|ce_backward<\w+, [A-Z +]+, [248][,>]|fill_rows|column_sums<.*, [248]>"
         return bool(re.match(packs, self.name))
 
     def problems(self) -> list[str]:
         stores = self.name.startswith(("ce_backward", "fill_rows")) or re.match(
-            r"ce_rows<\w+, \w+, \d+, \d+, 4[,>]", self.name
+            r"ce_rows<\w+, [A-Z +]+, \d+, \d+, 4[,>]", self.name
         )
         return [
             *["spills"] * (self.spilled > 0),
@@ -132,7 +145,7 @@ def compile_module(job: tuple[tuple[str, ...], str]) -> list[Kernel]:
     from cupy.cuda.compiler import _NVRTCProgram
 
     group, architecture = job
-    names, log = instances()[group], io.StringIO()
+    names, log = instances(group), io.StringIO()
     program = _NVRTCProgram(module_source(group), "swl.cu", name_expressions=names, method="cubin")
     include = _package_folder("include/cuda_fp16.h")
     options = (*OPTIONS, *CUPY_ADDS, f"-I{include}/include", f"-arch=sm_{architecture}", "--ptxas-options=-v")
@@ -175,7 +188,7 @@ def compile_all(
     architectures: tuple[str, ...] = ARCHITECTURES, chosen: Callable[[tuple[str, ...]], bool] = bool
 ) -> list[Kernel]:
     """Compile all chosen modules, in two processes."""
-    jobs = [(group, architecture) for group in filter(chosen, instances()) for architecture in architectures]
+    jobs = [(group, architecture) for group in filter(chosen, modules()) for architecture in architectures]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         return [kernel for kernels in pool.map(compile_module, jobs, chunksize=1) for kernel in kernels]
 

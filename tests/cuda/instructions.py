@@ -21,6 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+KINDS = ("PLAIN", "SMOOTHING", "SMOOTHING + WEIGHTS", "BIAS", "SOFTCAP")
+"""What models are trained with: the kinds of work at every column whose instructions are counted."""
+
 PIPES = {
     "FMA": "FADD FMUL FFMA IMAD FADD2 FFMA2 FMUL2",
     "ALU": "IADD3 LOP3 ISETP SEL SHF LEA PRMT VIADD IMNMX VIMNMX VIMNMX3 IABS PLOP3 P2R R2P SGXT BMSK VIADDMNMX IADD LOP MOV32I "
@@ -88,7 +91,7 @@ def _loop(code: list[Block], start: int) -> set[int]:
         for j in block.next:
             back[j].append(i)
     inside = reached([block.next for block in code]) & reached(back)
-    return {i for i in inside if not any(op.startswith("MUFU.RCP") for op in code[i].ops)}
+    return inside
 
 
 class Turn(NamedTuple):
@@ -111,8 +114,9 @@ class Turn(NamedTuple):
 MOST = 4  # packs of a turn
 
 
-def cheapest_turn(code: list[Block], access: str, V: int) -> Turn | None:
-    """Find the turn with the fewest instructions per logit among those that pass `access`, a pattern, once for each pack of V."""
+def cheapest_turn(code: list[Block], access: str, V: int, each: int = 1) -> Turn | None:
+    """Find the turn with the fewest instructions per logit among those that pass `access`, a pattern, once for each pack of V,
+    and `each` exponentials for each logit."""
     best: Turn | None = None
     wide = [sum(bool(re.match(access, op)) for op in block.ops) for block in code]
     exps = [sum(op.startswith("MUFU.EX2") for op in block.ops) for block in code]
@@ -127,10 +131,10 @@ def cheapest_turn(code: list[Block], access: str, V: int) -> Turn | None:
             if spent > cost[state]:
                 continue
             if packs and at == start:
-                if done >= packs * V and (best is None or spent / (packs * V) < best.per_logit()):
+                if done >= packs * V * each and (best is None or spent / (packs * V) < best.per_logit()):
                     best = Turn(packs * V, Counter(op for i in _path(came, state) for op in code[i].ops))
                 continue
-            packs, done = packs + wide[at], min(done + exps[at], MOST * V)
+            packs, done = packs + wide[at], min(done + exps[at], MOST * V * each)
             if packs > MOST:
                 continue
             for after in code[at].next:
@@ -150,9 +154,9 @@ def _path(came: dict[tuple[int, int, int], tuple[int, int, int]], state: tuple[i
 
 def sweeps(name: str, text: str) -> dict[str, Turn]:
     """Count the sweeps of a kernel of `instances` that streams packs of class ids' logits; others have none."""
-    found = re.match(r"(ce_rows|ce_partial|ce_backward)<(\w+), (PLAIN|OPTIONS), (.*)>", name)
+    found = re.match(r"(ce_rows|ce_partial|ce_backward)<(\w+), ([A-Z +]+), (.*)>", name)
     size = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
-    if not found or found[2] not in size:
+    if not found or found[2] not in size or found[3] not in KINDS:
         return {}
     kernel, T, numbers, V = found[1], found[2], found[4].split(", "), 16 // size[found[2]]
     if numbers[0] != ("0" if kernel == "ce_rows" else str(V)):  # a row of few packs passes no loop
@@ -161,7 +165,8 @@ def sweeps(name: str, text: str) -> dict[str, Turn]:
     loads, stores = r"LDG\..*\b128\b", rf"STG\..*\b{8 * V * size[G]}\b"
     if kernel == "ce_rows" and numbers[2] != "0":  # all but a thread's first packs pass through shared memory
         loads, stores = r"STS\..*\b128\b", r"LDS\..*\b128\b"
-    turns = {"forward": cheapest_turn(code, loads, V), "backward": cheapest_turn(code, stores, V)}
+    exps = 2 if "SOFTCAP" in found[3] else 1
+    turns = {"forward": cheapest_turn(code, loads, V, exps), "backward": cheapest_turn(code, stores, V, exps)}
     if kernel == "ce_backward":
         del turns["forward"]
     return {sweep: turn for sweep, turn in turns.items() if turn}
@@ -199,7 +204,8 @@ def main(arguments: list[str]) -> int:
     architectures = tuple(a for a in arguments if a.isdigit()) or compile_table.ARCHITECTURES
     shown = "90" if "90" in architectures else architectures[-1]
     kernels = compile_table.compile_all(
-        architectures, lambda group: group[0] == "cross_entropy" and not {"double", "PROBS", "class_ids"} & {*group}
+        architectures,
+        lambda group: group[0] == "cross_entropy" and "double" not in group and group[2] in KINDS,
     )
     counts = counts_of(kernels)
     if "--budget" in arguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import compile_table
@@ -21,7 +22,7 @@ def kernels() -> list[compile_table.Kernel]:
 
 
 def test_registers_occupancy_and_wide_accesses(kernels: list[compile_table.Kernel]) -> None:
-    expected = sum(map(len, compile_table.instances().values())) * len(compile_table.ARCHITECTURES)
+    expected = sum(len(instances(group)) for group in compile_table.modules()) * len(compile_table.ARCHITECTURES)
     assert len(kernels) == expected
     assert [(k, k.problems()) for k in kernels if k.problems()] == []
 
@@ -40,6 +41,51 @@ def test_instructions_per_logit_stay_within_their_budget(kernels: list[compile_t
         assert set(by_sweep) == expected[kernel], name
         assert all(tuple(by_device) == compile_table.ARCHITECTURES for by_device in by_sweep.values()), name
     assert {name.split("<")[0] for name in counts} == {"ce_rows", "ce_partial", "ce_backward"}
+
+
+# the most instructions per logit, of class ids, on A100 and H100: forward, backward, both together
+LIMITS = {
+    ("float", "PLAIN"): (9, 11, 20),
+    ("16 bit", "PLAIN"): (11, 13, 22),
+    ("16 bit", "SMOOTHING"): (math.inf, math.inf, 35),
+    ("16 bit", "SMOOTHING + WEIGHTS"): (math.inf, math.inf, 35),
+    ("16 bit", "BIAS"): (math.inf, math.inf, 35),
+    ("16 bit", "SOFTCAP"): (math.inf, math.inf, 60),
+}
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+@pytest.mark.parametrize("T", ["float", "__half", "__nv_bfloat16"])
+def test_both_sweeps_issue_fewer_instructions_than_memory_leaves_time_for(
+    kernels: list[compile_table.Kernel], T: str, architecture: str
+) -> None:
+    counts, V = instructions.counts_of(kernels), 4 if T == "float" else 8
+    for (size, KIND), (most_forward, most_backward, most) in LIMITS.items():
+        if (T == "float") != (size == "float"):
+            continue
+        fused, streamed = f"ce_rows<{T}, {KIND}, 0, {V}, 4>", f"ce_backward<{T}, {KIND}, {V}>"
+        for forward, backward in (
+            (fused, fused),
+            (f"ce_rows<{T}, {KIND}, 0, {V}, 0>", streamed),
+            (f"ce_partial<{T}, {KIND}, {V}>", streamed),
+        ):
+            one, other = counts[forward]["forward"][architecture], counts[backward]["backward"][architecture]
+            assert one <= most_forward, forward
+            assert other <= most_backward, backward
+            assert one + other <= most, (forward, backward)
+
+
+def test_a_turn_of_every_warp_of_a_processor_loads_32_kib(kernels: list[compile_table.Kernel]) -> None:
+    """Little's law: an H100's 3.35 TB/s, over 132 processors, times about a microsecond, are 17 to 40 KB."""
+    in_flight = {}
+    for k in kernels:
+        if k.architecture in ("80", "90") and ", PLAIN," in k.name and (turn := k.turns.get("forward")):
+            loads = sum(n for op, n in turn.ops.items() if op.startswith("LDG") and "128" in op)
+            in_flight[k.architecture, k.name] = (
+                loads * 16 * round(k.occupancy * compile_table.PROCESSOR[k.architecture][0])
+            )
+    assert len(in_flight) == 22
+    assert {name: n for name, n in in_flight.items() if n < 32 * 1024} == {}
 
 
 LISTING = """
@@ -98,8 +144,9 @@ def test_every_module_is_compiled_with_the_options_of_the_table(cupy: Any, monke
     backend = CupyBackend(cupy)
     device = backend._device(cupy.zeros(1))
     monkeypatch.setattr(compiler, "_preprocess", preprocess)
-    for names in instances().values():
+    groups = [("class_ids",), ("affine", "float"), ("cross_entropy", "float", "PLAIN")]
+    for group in groups:
         monkeypatch.setattr(compiler, "_empty_file_preprocess_cache", {})
-        backend._kernel(device, names[0])
-    assert given == [("-std=c++17", "-fmad=false", "-ftz=true")] * len(instances())
+        backend._kernel(device, instances(group)[0])
+    assert given == [("-std=c++17", "-fmad=false", "-ftz=true")] * len(groups)
     assert (*compile_table.OPTIONS, *compile_table.CUPY_ADDS) == given[0]

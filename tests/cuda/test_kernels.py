@@ -13,6 +13,7 @@ import pytest
 from swl.backends.cupy import structs
 from swl.backends.cupy.backend import CupyBackend
 from swl.backends.cupy.compilation import OPTIONS, source
+from swl.backends.cupy.cross_entropy import _softcap
 from swl.backends.cupy.plans import Limits, plan
 from swl.backends.protocol import Target
 
@@ -29,7 +30,7 @@ def make() -> CupyBackend:
 MODULES: dict[tuple[str, ...], Any] = {}
 
 
-@pytest.mark.parametrize("case", [*branches.cases()], ids=str)
+@pytest.mark.parametrize("case", [*branches.cases(), *branches.single_options()], ids=str)
 def test_every_branch_agrees_with_the_specification(case: branches.Case) -> None:
     checks.check_case(case, make)
 
@@ -135,3 +136,29 @@ extern "C" __global__ void exponentials(const float* u, const float* s, float* w
         error = np.abs(got / np.exp(x) - 1)
         assert np.all(error <= (2 * np.abs(x) + 4) * 2.0**-24)
     assert without.get()[u == 0].tolist() == [1.0] * np.count_nonzero(u == 0)
+
+
+def test_softcap_and_its_slope_have_their_digits() -> None:
+    """From 0 to infinity, and for softcaps whose inverse has more digits than float32."""
+    xp = fake.cupy()
+    kernel = """
+extern "C" __global__ void capped(float softcap, float rate, float rate_rest, const float* r, float* z, float* slope) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  Problem<float> p{};
+  p.softcap = softcap, p.softcap_rate = rate, p.softcap_rate_rest = rate_rest;
+  z[i] = final_logit<true, SOFTCAP>(p, r[i], slope[i]);
+}
+"""
+    capped = xp.RawModule(code=source("cross_entropy") + kernel, options=OPTIONS).get_function("capped")
+    for softcap in (0.3, 1.0, 30.0, 50.1):
+        _, rate, rest = _softcap(softcap, np.float32)
+        r = np.float32(softcap) * np.linspace(-12, 12, 1 << 16, dtype=np.float32)
+        r[-8:] = [0.0, -1e-30, 1e-30, 0.5501 * softcap, -0.5499 * softcap, np.inf, -np.inf, np.nan]
+        z, slope = xp.empty(r.shape, np.float32), xp.empty(r.shape, np.float32)
+        capped((256,), (256,), (np.float32(softcap), rate, rest, xp.asarray(r), z, slope))
+        x = r.astype(np.float64) / softcap
+        e = np.exp(-2 * np.abs(x))
+        for got, want in ((z.get(), np.float32(softcap) * np.tanh(x)), (slope.get(), 4 * e / (1 + e) ** 2)):
+            assert np.isnan(got[-1])
+            units = np.abs(got - want)[:-1] / np.spacing(np.abs(want[:-1]).astype(np.float32))
+            assert np.all(units <= 4), f"softcap {softcap}: {units.max()} units in the last place"

@@ -17,7 +17,7 @@ import pytest
 import recording
 
 from swl.backends.cupy.backend import CupyBackend
-from swl.backends.cupy.compilation import instances
+from swl.backends.cupy.compilation import NARROWER, SIZE, instances, module_of
 
 pytestmark = pytest.mark.usefixtures("on_fake")
 
@@ -57,23 +57,36 @@ def synchronising(cupy: Any) -> recording.Recording:
     return record([*branches.cases(full), *(c for c in branches.cases(others) if c.out == "shifted" or c.offset)])
 
 
-MODULES = [names[0] for names in instances().values()]  # each by its first kernel
+def rough(group: tuple[str, ...]) -> tuple[str, ...]:
+    """Name a module but for the options that it is compiled for."""
+    file, T, KIND, G, *_ = *group, "", "", ""
+    return file, T, KIND if KIND in ("", "PLAIN") else "PROBS" if "PROBS" in KIND else "OPTIONS", G
 
 
-def replay(made: recording.Recording, module: str, flags: tuple[str, ...], reverse: int = 0) -> None:
-    (names,) = (names for names in made.records if names[0] == module)
-    complaint = recording.replay(made.sources[names], names, made.records[names], flags, reverse)
-    assert not complaint, complaint[:4000]
+TYPES = [(T, "") for T in SIZE] + [(T, G) for T, narrower in NARROWER.items() for G in narrower]
+MODULES = [
+    ("class_ids", "", "", ""),
+    *(("affine", T, "", "") for T in SIZE),
+    *(("cross_entropy", T, KIND, G) for T, G in TYPES for KIND in ("PLAIN", "OPTIONS", "PROBS")),
+]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_access_out_of_bounds(launches: recording.Recording, module: str) -> None:
+def replay(made: recording.Recording, module: tuple[str, ...], flags: tuple[str, ...], reverse: int = 0) -> None:
+    chosen = [names for names in made.records if rough(module_of(names[0])) == module]
+    assert chosen
+    for names in chosen:
+        complaint = recording.replay(made.sources[names], names, made.records[names], flags, reverse)
+        assert not complaint, complaint[:4000]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=" ".join)
+def test_no_access_out_of_bounds(launches: recording.Recording, module: tuple[str, ...]) -> None:
     for reverse in (0, 1):
         replay(launches, module, recording.ADDRESS, reverse)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_race_with_all_blocks_at_the_same_time(synchronising: recording.Recording, module: str) -> None:
+@pytest.mark.parametrize("module", MODULES, ids=" ".join)
+def test_no_race_with_all_blocks_at_the_same_time(synchronising: recording.Recording, module: tuple[str, ...]) -> None:
     replay(synchronising, module, recording.THREAD)
 
 
@@ -89,8 +102,8 @@ BROKEN = {
     "head": (recording.ADDRESS, "c < 0 ? (int)-c : 0", "0", "illegal address outside of the arrays"),
     "staged row": (
         recording.ADDRESS,
-        "stage[j + u * lanes - each] = ",
-        "stage[j + u * lanes] = ",
+        "packed.copy_to(stage + (j - each)",
+        "packed.copy_to(stage + j",
         "heap-buffer-overflow",
     ),
 }
@@ -102,10 +115,13 @@ def test_a_broken_kernel_is_seen(name: str) -> None:
     options = "smoothing" if name == "staged row" else branches.ALL
     cases = [c for c in branches.cases(branches.DTYPES[:1]) if c.options == options and not c.dense]
     with recording.recording() as made:
-        sweep(c for c in cases if c.out in ("new", "same", "shifted"))  # those of one module
-    ((names, source),) = made.sources.items()
-    assert old in source
-    assert words in recording.replay(source.replace(old, new), names, made.records[names], flags)
+        sweep(c for c in cases if c.out in ("new", "same", "shifted"))  # those of one type
+    assert all(old in source for source in made.sources.values())
+    complaints = (
+        recording.replay(source.replace(old, new), names, made.records[names], flags)
+        for names, source in made.sources.items()
+    )
+    assert any(words in complaint for complaint in complaints)
 
 
 @pytest.mark.parametrize("claims", [True, False])
@@ -128,7 +144,14 @@ def test_two_streams_at_once_leave_one_error(claims: bool, on_fake: CupyBackend)
 
 def test_the_recording_holds_every_kernel_instance(launches: recording.Recording) -> None:
     """Nothing that the backend launches goes without a sanitizer's look."""
-    every = {name for group in instances().values() for name in group}
+
+    def variant(name: str) -> str:
+        """Name a kernel but for the options that it is compiled for."""
+        group = module_of(name)
+        return name.replace(f", {group[2]}", f", {rough(group)[2]}", 1) if len(group) > 2 else name
+
+    groups = [(file, T, *((KIND,) if KIND else ()), *((G,) if G else ())) for file, T, KIND, G in MODULES]
+    every = {name for group in groups for name in instances(tuple(filter(None, group)))}
     # a bias of another dtype than the rows it goes to is a conversion more, at the same addresses
     converting = {name for name in every if re.fullmatch(r"fill_rows<(\w+), (?!\1>)\w+>", name)}
-    assert every - converting <= launches.kernels
+    assert every - converting <= set(map(variant, launches.kernels))

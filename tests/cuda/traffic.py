@@ -22,7 +22,7 @@ from fakecuda import strict
 from swl.backends.cupy.backend import CupyBackend
 from swl.backends.protocol import Target
 
-H100, A10 = 227 * 1024, 99 * 1024  # bytes of shared memory that one block may have
+H100, A100, A10 = 227 * 1024, 163 * 1024, 99 * 1024  # bytes of shared memory that one block may have
 
 
 class Row(NamedTuple):
@@ -49,8 +49,12 @@ SHAPES = (
     (1000, np.float32, 8, 3, H100),
     (32000, np.float32, 2, 3, H100),
     (32000, np.float32, 2, 3, A10),
+    (49500, np.float32, 2, 3, A100),
+    (66000, np.float32, 2, 3, H100),
+    (128256, np.float32, 2, 3, H100),
     (50257, ml_dtypes.bfloat16, 2, 3, H100),
     (50257, ml_dtypes.bfloat16, 2, 3, A10),
+    (99000, ml_dtypes.bfloat16, 2, 3, A100),
     (128256, ml_dtypes.bfloat16, 2, 3, H100),
     (262144, ml_dtypes.bfloat16, 2, 3, H100),
     (1000000, np.float32, 1, 132, H100),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +10,20 @@ from pathlib import Path
 from swl.backends.cupy.plans import KEEP_BLOCK, KEEP_WARP
 from swl.backends.cupy.structs import PROBLEM, ROWS_OUT
 
-__all__ = ["C_NAME", "INDEX", "KINDS", "OPTIONS", "SIZE", "instances", "module_source", "read", "source"]
+__all__ = [
+    "C_NAME",
+    "INDEX",
+    "KINDS",
+    "NARROWER",
+    "OPTIONS",
+    "SIZE",
+    "instances",
+    "kind",
+    "module_of",
+    "module_source",
+    "read",
+    "source",
+]
 
 
 def read(file: str) -> str:
@@ -41,45 +55,60 @@ become 0.
 # C's name of a dtype
 C_NAME = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 SIZE = {"float": 4, "double": 8, "__half": 2, "__nv_bfloat16": 2}  # bytes
-_NARROWER = {"float": ("__half", "__nv_bfloat16")}  # types of gradients, other than their own, that logits may have
-KINDS = ("PLAIN", "OPTIONS", "PROBS")  # Kind of problem.cuh; float64 has no PLAIN: its exponentials take many registers
+NARROWER = {"float": ("__half", "__nv_bfloat16")}  # types of gradients, other than their own, that logits may have
+KINDS = ("BIAS", "TEMPERATURE", "SOFTCAP", "SMOOTHING", "WEIGHTS", "STATS", "PROBS")  # Kind of problem.cuh, but PLAIN
 INDEX = {"int32": "int", "int64": "long long"}
 
 
-def instances() -> dict[tuple[str, ...], tuple[str, ...]]:
-    """List every kernel instance that the backend launches, by module: its file, and what tells it from others."""
-    groups: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for T, size in SIZE.items():
-        wide = 16 // size
-        for kind in KINDS[T == "double" :]:
-            groups["cross_entropy", T, kind] = (
-                f"ce_rows<{T}, {kind}, 8, 1, 4>",
-                f"ce_rows<{T}, {kind}, 32, {wide}, {KEEP_WARP}>",
-                f"ce_rows<{T}, {kind}, 0, {wide}, {KEEP_BLOCK}>",
-                f"ce_rows<{T}, {kind}, 0, {wide}, 0>",
-                f"ce_partial<{T}, {kind}, {wide}>",
-                f"ce_combine<{T}, {kind}>",
-                f"ce_backward<{T}, {kind}, 1>",
-                f"ce_backward<{T}, {kind}, {wide}>",
-            )
-            for G in _NARROWER.get(T, ()):  # gradients of a fused head, for products of 16-bit operands
-                groups["cross_entropy", T, kind, G] = (
-                    f"ce_rows<{T}, {kind}, 8, 1, 4, {G}>",
-                    f"ce_rows<{T}, {kind}, 32, {wide}, {KEEP_WARP}, {G}>",
-                    f"ce_rows<{T}, {kind}, 0, {wide}, {KEEP_BLOCK}, {G}>",
-                    f"ce_backward<{T}, {kind}, 1, {G}>",
-                    f"ce_backward<{T}, {kind}, {wide}, {G}>",
-                )
-        groups["affine", T] = (
+@functools.cache
+def kind(*options: str) -> str:
+    """Give the template argument of a kernel for these `KINDS` of work at every column."""
+    return " + ".join(option for option in KINDS if option in options) or "PLAIN"
+
+
+def instances(group: tuple[str, ...]) -> tuple[str, ...]:
+    """List the kernels of a module: ("cross_entropy", type, kind[, type of gradients]), ("affine", type) or ("class_ids",)."""
+    file, T, KIND, G, *_ = *group, "", "", ""
+    if file == "class_ids":
+        return tuple(
+            name
+            for index in INDEX.values()
+            for name in (f"prepare_ids<{index}, float>", f"prepare_ids<{index}, double>", f"finish_ids<{index}>")
+        )
+    wide = 16 // SIZE[T]
+    if file == "affine":
+        return (
             *(f"fill_rows<{T}, {B}>" for B in SIZE),
             f"column_sums<{T}, 1>",
             f"column_sums<{T}, {wide}>",
             f"column_totals<float, {T}>",
             f"column_totals<double, {T}>",
         )
-    groups[("class_ids",)] = tuple(
-        name
-        for index in INDEX.values()
-        for name in (f"prepare_ids<{index}, float>", f"prepare_ids<{index}, double>", f"finish_ids<{index}>")
+    more = f", {G}" if G else ""
+    both = (  # sweeps
+        f"ce_rows<{T}, {KIND}, 8, 1, 4{more}>",
+        f"ce_rows<{T}, {KIND}, 32, {wide}, {KEEP_WARP}{more}>",
+        f"ce_rows<{T}, {KIND}, 0, {wide}, {KEEP_BLOCK}{more}>",
+        f"ce_backward<{T}, {KIND}, 1{more}>",
+        f"ce_backward<{T}, {KIND}, {wide}{more}>",
     )
-    return groups
+    if G:
+        return both
+    return (
+        *both,
+        f"ce_rows<{T}, {KIND}, 0, {wide}, 0>",
+        f"ce_partial<{T}, {KIND}, {wide}>",
+        f"ce_combine<{T}, {KIND}>",
+    )
+
+
+def module_of(name: str) -> tuple[str, ...]:
+    """Give the module that a kernel is in: one for each type of logits, kind and type of gradients."""
+    kernel, arguments = name.removesuffix(">").split("<")
+    T, *more = arguments.split(", ")
+    if kernel.startswith("ce_"):
+        narrower = more[-1:] if more[-1] in SIZE else []
+        return ("cross_entropy", T, more[0], *narrower)
+    if kernel.endswith("_ids"):
+        return ("class_ids",)
+    return ("affine", more[0] if kernel == "column_totals" else T)

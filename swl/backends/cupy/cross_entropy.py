@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from decimal import Context, Decimal
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from swl.backends import Rows
-from swl.backends.cupy.compilation import C_NAME, INDEX
+from swl.backends.cupy.compilation import C_NAME, INDEX, kind
 from swl.backends.cupy.launching import NULL, Launcher, i32, i64, or_null, row_stride, rows_are_dense
 from swl.backends.cupy.plans import PART_KEEP, PART_LANES, ROW_BYTES, plan, power_of_two
 from swl.backends.cupy.structs import PROBLEM, ROWS_OUT
@@ -77,21 +78,21 @@ class CrossEntropy(Launcher):
         device = self._device(logits)
         how = plan(N, C, logits.itemsize, device.limits)
         dense_logits = logits if rows_are_dense(logits) else xp.ascontiguousarray(logits)
-        c_type, kind, head = self._problem(dense_logits, target, stats)
+        c_type, what, head = self._problem(dense_logits, target, stats)
         if how.variant == "split":
             sums = xp.empty((N, how.splits, 7), dtype=rows.loss.dtype)
             at = xp.empty((N, how.splits), dtype=np.int64)
             self._launch(
                 device,
-                f"ce_partial<{c_type}, {kind}, {how.V}>",
+                f"ce_partial<{c_type}, {what}, {how.V}>",
                 (how.blocks,),
                 (how.threads,),
-                (head, i64(how.splits), i64(how.packs_each), sums, at, i32(stats)),
+                (head, i64(how.splits), i64(how.packs_each), sums, at),
                 shared=how.shared,
             )
             self._launch(
                 device,
-                f"ce_combine<{c_type}, {kind}>",
+                f"ce_combine<{c_type}, {what}>",
                 (-(-N // 4),),
                 (128,),
                 (head, outputs, i64(how.splits), sums, at),
@@ -105,7 +106,7 @@ class CrossEntropy(Launcher):
             )
             self._launch(
                 device,
-                f"ce_rows<{c_type}, {kind}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}"
+                f"ce_rows<{c_type}, {what}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}"
                 f"{_narrower(logits, out) if fused else ''}>",
                 (how.blocks,),
                 (how.threads,),
@@ -125,7 +126,7 @@ class CrossEntropy(Launcher):
             return
         dense_logits = logits if rows_are_dense(logits) else xp.ascontiguousarray(logits)
         dense_out = out if rows_are_dense(out) else self.empty(out.shape, out.dtype)
-        c_type, kind, head = self._problem(dense_logits, target, False)
+        c_type, what, head = self._problem(dense_logits, target, False)
         few = C <= PART_LANES * PART_KEEP
         V = 1 if few else 16 // logits.itemsize
         packs = -(-(C + V - 1) // V)
@@ -134,7 +135,7 @@ class CrossEntropy(Launcher):
         tiles = -(-packs // (lanes * each))
         self._launch(
             self._device(logits),
-            f"ce_backward<{c_type}, {kind}, {V}{_narrower(logits, out)}>",
+            f"ce_backward<{c_type}, {what}, {V}{_narrower(logits, out)}>",
             (-(-N // (256 // lanes)) * tiles,),
             (256,),
             (
@@ -179,7 +180,7 @@ class CrossEntropy(Launcher):
         else:
             ids = xp.ascontiguousarray(ids)
         hot, rest = acc(target.hot), acc(target.rest)
-        inverse, inverse_rest = _inverse(target.softcap, acc)
+        inverse, rate, rate_rest = _softcap(target.softcap, acc)
         T = C_NAME[logits.dtype.name]
         values = {
             "logits_nc": logits,
@@ -200,24 +201,37 @@ class CrossEntropy(Launcher):
             "z_loss": target.z_loss,
             "temperature_inverse": 1 / target.temperature,
             "softcap_inverse": inverse,
-            "softcap_inverse_rest": inverse_rest,
+            "softcap_rate": rate,
+            "softcap_rate_rest": rate_rest,
             # of one class it is y itself, rounded as the kernels round that
             "mass_hit": hot + rest if C == 1 else target.hot + target.rest * C,
             "mass_miss": target.rest * C,
             "first_class": target.first_class,
         }
-        by_column = stats or rest or target.softcap or target.temperature != 1 or target.bias is not None
-        kind = "PROBS" if probs is not None else "OPTIONS" if by_column or T == "double" else "PLAIN"
-        return T, kind, PROBLEM(T, values)
+        smooth = bool(rest) or (probs is not None and hot != 1)
+        has = {
+            "BIAS": target.bias is not None,
+            "TEMPERATURE": target.temperature != 1,
+            "SOFTCAP": bool(target.softcap),
+            "SMOOTHING": smooth,
+            "WEIGHTS": target.weight is not None and (smooth or probs is not None),
+            "STATS": stats,
+            "PROBS": probs is not None,
+        }
+        return T, kind(*(name for name, there in has.items() if there)), PROBLEM(T, values)
+
+
+_TWO_LOG2_E = Fraction(Context(prec=60).divide(2, Context(prec=60).ln(Decimal(2))))
 
 
 @functools.cache
-def _inverse(x: float, acc: Any) -> tuple[Any, Any]:
-    """Give 1/x as the sum of two numbers of dtype `acc`, which has twice its digits; 0 for 0."""
+def _softcap(x: float, acc: Any) -> tuple[Any, Any, Any]:
+    """Give 1/x, and 2·log₂e/x as the sum of two numbers of dtype `acc`, which has twice its digits; 0 for 0."""
     if not x:
-        return acc(0), acc(0)
-    high = acc(1 / x)
-    return high, acc(float(1 / Fraction(x) - Fraction(float(high)))) if np.isfinite(high) else acc(0)
+        return acc(0), acc(0), acc(0)
+    rate = acc(float(_TWO_LOG2_E) / x)
+    rest = float(_TWO_LOG2_E / Fraction(x) - Fraction(float(rate))) if np.isfinite(rate) else 0
+    return acc(1 / x), rate, acc(rest)
 
 
 def _narrower(logits: Any, out: Any) -> str:

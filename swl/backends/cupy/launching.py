@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from swl.backends.cupy.compilation import OPTIONS, instances, module_source
+from swl.backends.cupy.compilation import OPTIONS, instances, module_of, module_source
 from swl.backends.cupy.plans import Limits
 
 __all__ = ["NULL", "Device", "Launcher", "i32", "i64", "or_null", "row_stride", "rows_are_dense"]
@@ -38,7 +38,6 @@ class Launcher:
         self._lock = threading.RLock()
         self._devices: dict[int, Device] = {}
         self._modules: dict[tuple[str, ...], Any] = {}
-        self._module_of = {name: group for group, names in instances().items() for name in names}
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return self.xp.empty(shape, dtype=dtype)
@@ -56,10 +55,10 @@ class Launcher:
         found = device.kernels.get(name)
         if found is None:
             with self._lock:
-                group = self._module_of[name]
+                group = module_of(name)
                 if group not in self._modules:
                     self._modules[group] = self.xp.RawModule(
-                        code=module_source(group), options=OPTIONS, name_expressions=instances()[group]
+                        code=module_source(group), options=OPTIONS, name_expressions=instances(group)
                     )
                 found = self._modules[group].get_function(name)
                 if name.startswith("ce_rows") and ", 0, " in name and not name.endswith(", 0>"):

@@ -171,7 +171,7 @@ using std::max; using std::fma; using std::pow; using std::exp; using std::log; 
 using std::fmod; using std::floor; using std::ceil; using std::copysign; using std::hypot; using std::sin;
 using std::cos; using std::tan; using std::log1p; using std::expm1; using std::log2; using std::log10;
 using std::atan2; using std::atan; using std::asin; using std::acos; using std::sinh; using std::cosh;
-using std::rint; using std::trunc; using std::frexp; using std::ldexp; using std::exp2;
+using std::fabs; using std::fmin; using std::rint; using std::trunc; using std::frexp; using std::ldexp; using std::exp2;
 #define FAKE_OF_TWO(name, comparison)                                                                               \
   template <typename A, typename B,                                                                                  \
       typename = typename std::enable_if<!std::is_same<A, B>::value && std::is_arithmetic<A>::value &&               \
