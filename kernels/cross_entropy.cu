@@ -16,20 +16,13 @@
 //
 //   ce_rows<T, KIND, LANES, V, KEEP>    a row by LANES lanes of a warp, or by a block (LANES = 0): forward, or both
 //                                       sweeps with the row kept on chip between them; gradients of type G (or T)
+//   ce_cluster (clusters.cu)            a row by a cluster of blocks, kept on chip between them
 //   ce_partial + ce_combine             a row by several blocks: their sums meet in a second kernel
 //   ce_backward                         gradients from M, S and A
 //
 // Names: logits_nc is a matrix (N, C) of rows `stride` elements apart; loss_n has one value per row.
 
 #include "rows.cuh"
-
-#if __CUDA_ARCH__ < 800  // compute capability 7.5 has half as many threads a processor
-#define BLOCKS_OF_512 1
-#define BLOCKS_OF_256 3
-#else
-#define BLOCKS_OF_512 2
-#define BLOCKS_OF_256 4
-#endif
 
 // A row by LANES lanes of a warp (a power of two up to 32; blockDim.x / LANES rows per block), or by a block (LANES =
 // 0). KEEP = 0: forward only. Else both sweeps, or with grad_nc null forward only:
@@ -46,7 +39,7 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_
   DYNAMIC_SHARED(shared);
   Row<A>* const row_of_block = reinterpret_cast<Row<A>*>(shared);  // 64 bytes
   Sums<A>* const warps = reinterpret_cast<Sums<A>*>(shared + 4);   // 16 of them
-  typedef Turn<T, V, KEEP ? TURN : AtOnce<T, KIND>::value ? TURN : Unroll<T, KIND>::PACKS> Packed;
+  typedef RowTurn<T, KIND, V, KEEP> Packed;
   typename Packed::Word* const stage = reinterpret_cast<typename Packed::Word*>(shared + 4 + 16 * sizeof(Sums<A>) / 16);
 
   const int lanes = LANES ? LANES : blockDim.x;
@@ -55,22 +48,8 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_
   const bool exists = n < p.N;  // rows past the end have no packs, but their lanes take part in the shuffles
   const T* logits = p.logits_nc + (exists ? n : 0) * p.stride;
   const Packs<T, V> row_packs = packs_of_row<T, V>(logits, p.C), at = row_packs.before(exists ? row_packs.packs : 0);
-  const int each = Packed::SIZE * lanes;
-  const int turns = LANES ? 1 : (at.packs + each - 1) / each;
-
-  Sums<A> sums = nothing<A>();
   Packed kept;
-#pragma unroll 1
-  for (int k = 0; k < turns; ++k) {
-    const int j = lane + k * each;
-    Packed packed = load_turn<Packed::SIZE>(at, j, lanes, narrow<T>(-infinity<A>()));
-    absorb_turn<T, KIND>(sums, p, n, at, j, lanes, packed);
-    if (KEEP && k == 0) {
-      kept = packed;
-    } else if (KEEP && grad_nc) {
-      packed.copy_to(stage + (j - each), lanes, at.packs - j);  // read back by this thread alone
-    }
-  }
+  Sums<A> sums = sweep_forward<KIND, LANES != 0, KEEP != 0>(p, n, at, 0, lane, lanes, kept, grad_nc != nullptr, stage);
 
   Row<A> row{};
   A r = 0;
@@ -109,15 +88,7 @@ __global__ void __launch_bounds__(LANES ? 256 : 512, LANES || KEEP ? 1 : BLOCKS_
   }
 
   if (!KEEP) return;
-  G* grad = grad_nc + n * grad_stride;
-  const bool wide = lead_of<G, V>(grad) == at.lead;
-#pragma unroll 1
-  for (int k = 0; k < turns; ++k) {
-    const int j = lane + k * each;
-    if (k > 0) kept.copy_from(stage + (j - each), lanes, at.packs - j);
-    write_turn<G, T, KIND>(p, row, n, at, j, lanes, kept, grad, wide);
-  }
-  write_hot<G, T>(row, at, 0, lane, lanes, grad);
+  sweep_backward<KIND, LANES != 0>(p, row, n, at, 0, lane, lanes, kept, stage, grad_nc + n * grad_stride);
 }
 
 // Stage one of a row by gridDim.x / N blocks: block (n, s) sums the packs [s·packs_each, (s + 1)·packs_each) of row n.

@@ -160,3 +160,60 @@ __device__ __forceinline__ void write_hot(
   const int j = (int)((row.hot + at.lead) / V) - from;
   if (j % lanes == lane) store(grad + row.hot, narrow<G>(row.at_hot));
 }
+
+// ------------------------------------------------------------------------------------------------ a row on chip
+
+#if __CUDA_ARCH__ < 800  // compute capability 7.5 has half as many threads a processor
+#define BLOCKS_OF_512 1
+#define BLOCKS_OF_256 3
+#else
+#define BLOCKS_OF_512 2
+#define BLOCKS_OF_256 4
+#endif
+
+// What a thread loads of a row at once; with KEEP, as many packs as it keeps.
+template <typename T, int KIND, int V, int KEEP>
+using RowTurn = Turn<T, V, KEEP || AtOnce<T, KIND>::value ? TURN : Unroll<T, KIND>::PACKS>;
+
+// The turns of `lanes` threads over the packs `from` to before at.packs.
+template <bool ONE, typename Packed, typename T, int V>
+__device__ __forceinline__ int turns_of(const Packs<T, V>& at, int from, int lanes) {
+  const int each = Packed::SIZE * lanes;
+  return ONE ? 1 : (at.packs - from + each - 1) / each;
+}
+
+// The forward sweep over the packs `from` to before at.packs of row n. With KEEP a thread's first turn stays in `kept`, and
+// if it `stages`, the others go there.
+template <int KIND, bool ONE, bool KEEP, typename T, int V, typename Packed>
+__device__ __forceinline__ Sums<Acc<T>> sweep_forward(const Problem<T>& p, i64 n, const Packs<T, V>& at, int from,
+    int lane, int lanes, Packed& kept, bool stages, typename Packed::Word* stage) {
+  const int each = Packed::SIZE * lanes, turns = turns_of<ONE, Packed>(at, from, lanes);
+  Sums<Acc<T>> sums = nothing<Acc<T>>();
+#pragma unroll 1
+  for (int k = 0; k < turns; ++k) {
+    const int j = from + lane + k * each;
+    Packed packed = load_turn<Packed::SIZE>(at, j, lanes, narrow<T>(-infinity<Acc<T>>()));
+    absorb_turn<T, KIND>(sums, p, n, at, j, lanes, packed);
+    if (KEEP && k == 0) {
+      kept = packed;
+    } else if (KEEP && stages) {
+      packed.copy_to(stage + (j - from - each), lanes, at.packs - j);  // read back by this thread alone
+    }
+  }
+  return sums;
+}
+
+// The backward sweep over the same packs, from where they were kept.
+template <int KIND, bool ONE, typename G, typename T, int V, typename Packed>
+__device__ __forceinline__ void sweep_backward(const Problem<T>& p, const Row<Acc<T>>& row, i64 n,
+    const Packs<T, V>& at, int from, int lane, int lanes, Packed& kept, const typename Packed::Word* stage, G* grad) {
+  const int each = Packed::SIZE * lanes, turns = turns_of<ONE, Packed>(at, from, lanes);
+  const bool wide = lead_of<G, V>(grad) == at.lead;
+#pragma unroll 1
+  for (int k = 0; k < turns; ++k) {
+    const int j = from + lane + k * each;
+    if (k > 0) kept.copy_from(stage + (j - from - each), lanes, at.packs - j);
+    write_turn<G, T, KIND>(p, row, n, at, j, lanes, kept, grad, wide);
+  }
+  write_hot<G, T>(row, at, from, lane, lanes, grad);
+}

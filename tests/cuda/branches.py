@@ -35,6 +35,7 @@ class Case(NamedTuple):
     out: str = "new"  # "new", "same": in place, "shifted": off the logits' boundary; or a shorter dtype, in place
     processors: int = 2
     shared: int = 4096
+    clusters: bool = False
 
     def __str__(self) -> str:
         what = f"{self.dense or 'ids'} {self.options}".strip().replace(" ", "-")
@@ -59,6 +60,10 @@ def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
         yield Case("block", dtype, 1, 2060 * V, options="smoothing", out="same")
         yield Case("block", dtype, 1, 130 * V, offset=V - 1, dense="float64", options=ALL)
         yield Case("two sweeps", dtype, 1, 2100 * V + 1, dense="bfloat16", options="weight stats", shared=1200)
+        yield Case("cluster", dtype, 2, 2200 * V + 1, offset=1, gap=1, options=ALL, shared=1500, clusters=True)
+        yield Case("cluster", dtype, 3, 2200 * V, offset=1, options=PLAIN, shared=1500, out="same", clusters=True)
+        yield Case("cluster", dtype, 1, 8350 * V + 3, options=PLAIN, shared=1500, out="same", clusters=True)
+        yield Case("cluster", dtype, 1, 2200 * V, dense=q, options=ALL, shared=1500, out="shifted", clusters=True)
         yield Case("split", dtype, 1, 2060 * V + 1, offset=1, options=ALL, processors=3)
         yield Case("warp", dtype, 5, 100 * V + 1, offset=1, options=PLAIN, out="same")
         yield Case("block", dtype, 4, 2060 * V + 3, offset=1, gap=1, options=PLAIN)
@@ -77,6 +82,9 @@ def cases(dtypes: tuple[np.dtype[Any], ...] = DTYPES) -> Iterator[Case]:
         yield Case("block", dtype, 3, 8243, offset=1, options=PLAIN, out=out)
         yield Case("block", dtype, 2, 8243, offset=3, gap=2, options="smoothing", out=out)
         yield Case("two sweeps", dtype, 2, 8401, offset=1, options=ALL, shared=1200, out=out)
+        yield Case("cluster", dtype, 1, 33403, offset=1, options=PLAIN, shared=1500, out=out, clusters=True)
+        yield Case("cluster", dtype, 2, 8801, options=ALL, shared=1500, out=out, clusters=True)
+        yield Case("cluster", dtype, 1, 8800, dense="float32", options=ALL, shared=1500, out=out, clusters=True)
         yield Case("split", dtype, 1, 8240, processors=3, out=out)
 
 
@@ -90,9 +98,9 @@ def single_options() -> Iterator[Case]:
 
 
 @contextmanager
-def small_device(processors: int, shared: int) -> Iterator[None]:
-    """Make the fake devices small; for backends made inside."""
-    with fakecuda.settings(processors=processors, shared=shared):
+def small_device(processors: int, shared: int, clusters: bool = False) -> Iterator[None]:
+    """Make the fake devices small, and without clusters unless told; for backends made inside."""
+    with fakecuda.settings(processors=processors, shared=shared, clusters=clusters):
         yield
 
 

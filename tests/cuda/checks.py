@@ -74,9 +74,9 @@ def specification(case: branches.Case) -> tuple[Rows, Any]:
 
 def check_case(case: branches.Case, make: MakeBackend) -> None:
     """One of `branches.cases`: the variant, both sweeps together and apart, against the specification."""
-    with branches.small_device(case.processors, case.shared):
+    with branches.small_device(case.processors, case.shared, case.clusters):
         result = both_orders(lambda: branches.run(case, make()))
-    how = plan(case.N, case.C, case.dtype.itemsize, Limits(case.processors, case.shared))
+    how = plan(case.N, case.C, case.dtype.itemsize, Limits(case.processors, case.shared, case.clusters))
     variant = "two sweeps" if how.variant == "block" and not how.on_chip else how.variant
     assert variant == case.variant, f"the plan is {how}"
     for name, both, alone in zip(Rows._fields, result.rows, result.forward, strict=True):

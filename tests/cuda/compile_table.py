@@ -3,6 +3,8 @@
     python tests/cuda/compile_table.py             prints the table of docs/cuda.md; fails where a rule is broken
     python tests/cuda/compile_table.py 80 90       only for these devices
 
+The tests look at a part of it: on A100 and H100 (80 and 90) at all that is counted, elsewhere at what has least and what has most.
+
 The compiler is NVRTC, called as CuPy calls it and with the options that the backend gives CuPy; no device is needed.
 Rules: no spilled register; occupancy of at least 50 % in the kernels that stream; 128-bit loads and stores in the
 kernels that handle packs.
@@ -24,7 +26,11 @@ import instructions
 
 from swl.backends.cupy.compilation import KINDS, NARROWER, OPTIONS, SIZE, instances, kind, module_source
 
+HERE = Path(__file__).parent
 ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
+
+COUNTED = ("80", "90")
+"""Those whose instructions have a budget: A100 and H100."""
 
 CUPY_ADDS = ("-ftz=true",)
 """What CuPy adds to the options of every compilation: float32 results below the normal numbers become 0."""
@@ -44,13 +50,20 @@ PROCESSOR = {
 ALL = (kind(*{*KINDS} - {"STATS", "PROBS"}), kind(*KINDS))
 
 
-def modules() -> list[tuple[str, ...]]:
+def modules(architecture: str, sample: bool = False) -> list[tuple[str, ...]]:
     """List the modules that are looked at: of all kinds those of most use, and those that ask for all there is."""
+    least_and_most = ("PLAIN", ALL[-1])
     found: list[tuple[str, ...]] = [("class_ids",)]
-    for T in SIZE:
+    few = sample and architecture not in COUNTED
+    for T in ("float", "__half") if few else SIZE:
+        kinds = least_and_most if few else (("PLAIN",) if T == "double" else instructions.KINDS) + ALL
+        narrower = () if sample and architecture != "90" else NARROWER.get(T, ())
         found.append(("affine", T))
-        found += [("cross_entropy", T, KIND) for KIND in (("PLAIN",) if T == "double" else instructions.KINDS) + ALL]
-        found += [("cross_entropy", T, KIND, G) for G in NARROWER.get(T, ()) for KIND in ("PLAIN", "SMOOTHING", *ALL)]
+        found += [("cross_entropy", T, KIND) for KIND in kinds]
+        found += [("cross_entropy", T, KIND, G) for G in narrower for KIND in ("PLAIN", "SMOOTHING", *ALL)]
+        if int(architecture) >= 90:
+            found += [("clusters", T, KIND) for KIND in least_and_most]
+            found += [("clusters", T, KIND, G) for G in narrower for KIND in least_and_most]
     return found
 
 
@@ -71,17 +84,18 @@ class Kernel(NamedTuple):
     @property
     def streams(self) -> bool:
         """Whether its rows pass through without being kept."""
-        return bool(re.match(r"ce_rows<.*, 0>|ce_partial|ce_backward|fill_rows|column_sums", self.name))
+        return bool(re.match(r"ce_(rows|cluster)<.*, 0>|ce_partial|ce_backward|fill_rows|column_sums", self.name))
 
     @property
     def wide(self) -> bool:
         """Whether it handles packs of 16 bytes."""
-        packs = r"ce_rows<\w+, [A-Z +]+, (32|0),|ce_partial|ce_backward<\w+, [A-Z +]+, [248][,>]|fill_rows|column_sums<.*, [248]>"
+        rows = r"ce_rows<\w+, [A-Z +]+, (32|0),|ce_cluster|ce_partial|ce_backward<\w+, [A-Z +]+, [248][,>]"
+        packs = rf"{rows}|fill_rows|column_sums<.*, [248]>"
         return bool(re.match(packs, self.name))
 
     def problems(self) -> list[str]:
         stores = self.name.startswith(("ce_backward", "fill_rows")) or re.match(
-            r"ce_rows<\w+, [A-Z +]+, \d+, \d+, 4[,>]", self.name
+            r"ce_(rows<\w+, [A-Z +]+, \d+|cluster<\w+, [A-Z +]+), \d+, 4[,>]", self.name
         )
         return [
             *["spills"] * (self.spilled > 0),
@@ -120,6 +134,7 @@ def _launch(name: str, architecture: str) -> tuple[int, int]:
     if name.startswith("ce_rows"):
         return (512, 64 + 16 * sums) if ", 0, " in name else (128, 0) if ", 32, " in name else (256, 0)
     return {
+        "ce_cluster": (256, 64 + 16 * sums),
         "ce_partial": (256, 8 * sums),
         "ce_combine": (128, 0),
         "ce_backward": (256, 64),
@@ -166,7 +181,7 @@ def compile_module(job: tuple[tuple[str, ...], str]) -> list[Kernel]:
         text = code[f"{mangled}:"]
         registers, spilled = report[mangled]
         threads, shared = _launch(name, architecture)
-        narrower = group[0] == "cross_entropy" and len(group) > 3  # four 16-bit gradients of four float32 logits
+        narrower = len(group) > 3  # four 16-bit gradients of four float32 logits
         found.append(
             Kernel(
                 architecture,
@@ -185,10 +200,12 @@ def compile_module(job: tuple[tuple[str, ...], str]) -> list[Kernel]:
 
 
 def compile_all(
-    architectures: tuple[str, ...] = ARCHITECTURES, chosen: Callable[[tuple[str, ...]], bool] = bool
+    architectures: tuple[str, ...] = ARCHITECTURES,
+    chosen: Callable[[tuple[str, ...]], bool] = bool,
+    sample: bool = False,
 ) -> list[Kernel]:
     """Compile all chosen modules, in two processes."""
-    jobs = [(group, architecture) for group in filter(chosen, modules()) for architecture in architectures]
+    jobs = [(group, a) for a in architectures for group in filter(chosen, modules(a, sample))]
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         return [kernel for kernels in pool.map(compile_module, jobs, chunksize=1) for kernel in kernels]
 
@@ -200,11 +217,12 @@ def main(architectures: tuple[str, ...]) -> int:
     print("|---|--:|--:|---|--:|--:|---|")
     for name in dict.fromkeys(k.name for k in kernels):
         mine = [k for k in kernels if k.name == name]
+        registers = {k.architecture: str(k.registers) for k in mine}
         least = [min(k.wide_loads for k in mine), min(k.wide_stores for k in mine)]
         wide = f"{least[0]} loads, {least[1]} stores" if mine[0].wide else ""
         busy = f"{min(k.occupancy for k in mine):.0%}{' streams' * mine[0].streams}"
         print(
-            f"| `{name}` | {mine[0].threads} | {mine[0].shared} | {', '.join(str(k.registers) for k in mine)} "
+            f"| `{name}` | {mine[0].threads} | {mine[0].shared} | {', '.join(registers.get(a, '–') for a in architectures)} "
             f"| {max(k.spilled for k in mine)} | {busy} | {wide} |"
         )
     broken = [(k.architecture, k.name, k.problems()) for k in kernels if k.problems()]

@@ -154,7 +154,7 @@ def _path(came: dict[tuple[int, int, int], tuple[int, int, int]], state: tuple[i
 
 def sweeps(name: str, text: str) -> dict[str, Turn]:
     """Count the sweeps of a kernel of `instances` that streams packs of class ids' logits; others have none."""
-    found = re.match(r"(ce_rows|ce_partial|ce_backward)<(\w+), ([A-Z +]+), (.*)>", name)
+    found = re.match(r"(ce_rows|ce_cluster|ce_partial|ce_backward)<(\w+), ([A-Z +]+), (.*)>", name)
     size = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
     if not found or found[2] not in size or found[3] not in KINDS:
         return {}
@@ -163,7 +163,9 @@ def sweeps(name: str, text: str) -> dict[str, Turn]:
         return {}
     G, code = numbers[-1] if numbers[-1] in size else T, blocks(text)
     loads, stores = r"LDG\..*\b128\b", rf"STG\..*\b{8 * V * size[G]}\b"
-    if kernel == "ce_rows" and numbers[2] != "0":  # all but a thread's first packs pass through shared memory
+    if (
+        kernel in ("ce_rows", "ce_cluster") and numbers[-1 - (G != T)] != "0"
+    ):  # all but a thread's first packs pass through shared memory
         loads, stores = r"STS\..*\b128\b", r"LDS\..*\b128\b"
     exps = 2 if "SOFTCAP" in found[3] else 1
     turns = {"forward": cheapest_turn(code, loads, V, exps), "backward": cheapest_turn(code, stores, V, exps)}
@@ -173,7 +175,7 @@ def sweeps(name: str, text: str) -> dict[str, Turn]:
 
 
 BUDGET = Path(__file__).with_name("instructions.json")
-"""The most instructions per logit of each sweep of each kernel, on any device."""
+"""The most instructions per logit of each sweep of each kernel, on A100 and H100."""
 
 
 def over_budget(counts: dict[str, dict[str, dict[str, float]]]) -> list[str]:
@@ -182,7 +184,7 @@ def over_budget(counts: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     found = [f"{name} is counted or in {BUDGET.name}, but not both" for name in counts.keys() ^ budget.keys()]
     for name in counts.keys() & budget.keys():
         for sweep, by_device in counts[name].items():
-            most, allowed = max(by_device.values()), budget[name].get(sweep, 0)
+            most, allowed = max(by_device.get(a, 0) for a in ("80", "90")), budget[name].get(sweep, 0)
             if not most <= allowed <= 1.1 * most + 0.5:
                 found.append(f"{name}, {sweep}: {most:.2f} instructions per logit, {allowed:g} in {BUDGET.name}")
     return found
@@ -205,12 +207,12 @@ def main(arguments: list[str]) -> int:
     shown = "90" if "90" in architectures else architectures[-1]
     kernels = compile_table.compile_all(
         architectures,
-        lambda group: group[0] == "cross_entropy" and "double" not in group and group[2] in KINDS,
+        lambda group: group[0] in ("cross_entropy", "clusters") and "double" not in group and group[2] in KINDS,
     )
     counts = counts_of(kernels)
     if "--budget" in arguments:
         budget = {
-            name: {sweep: math.ceil(2 * max(n.values()) + 0.2) / 2 for sweep, n in by_sweep.items()}
+            name: {s: math.ceil(2 * max(n.get(a, 0) for a in ("80", "90")) + 0.2) / 2 for s, n in by_sweep.items()}
             for name, by_sweep in counts.items()
         }
         BUDGET.write_text(json.dumps(budget, indent=2) + "\n", encoding="utf-8")
@@ -218,7 +220,8 @@ def main(arguments: list[str]) -> int:
     print("|---|---|---|---|")
     for k in kernels:
         for sweep, turn in k.turns.items() if k.architecture == shown else ():
-            each = ", ".join(f"{n:.1f}" for n in counts[k.name][sweep].values())
+            found = counts[k.name][sweep]
+            each = ", ".join(f"{found[a]:.1f}" if a in found else "–" for a in architectures)
             pipes = ", ".join(f"{pipe} {n:.1f}" for pipe, n in turn.by_pipe().items() if n >= 0.05)
             print(f"| `{k.name}` | {sweep} | {each} | {pipes} |")
     broken = over_budget(counts)

@@ -105,6 +105,51 @@ BY_HAND = (
         "  // thread 0 reads",
         "ids",
     ),
+    Mutant(
+        "no barrier before block 0 of a cluster reads the others' sums",
+        "clusters",
+        "  cluster_barrier();  // block 0",
+        "  // block 0",
+    ),
+    Mutant(
+        "no barrier before the blocks of a cluster read the row",
+        "clusters",
+        "  cluster_barrier();  // all read",
+        "  // all read",
+    ),
+    Mutant("the last block's sums are left out", "clusters", "b = 1; b < CLUSTER;", "b = 1; b < CLUSTER - 1;"),
+    Mutant("the last block is not given the row", "clusters", "b = 0; b < CLUSTER;", "b = 0; b < CLUSTER - 1;"),
+    Mutant("every block of a cluster stores the row", "clusters", "if (rank == 0 && threadIdx", "if (threadIdx"),
+    Mutant(
+        "a block writes the class id's gradient that is not in its part",
+        "clusters",
+        "if (hot < from || hot >= at.packs) row.hot = -1;",
+        "",
+    ),
+    Mutant(
+        "a block's part ends a pack late",
+        "clusters",
+        "(int)((rank + 1) * packs_each)",
+        "(int)((rank + 1) * packs_each + 1)",
+    ),
+    Mutant(
+        "the stage begins at the row, not at the part",
+        "rows",
+        "packed.copy_to(stage + (j - from - each)",
+        "packed.copy_to(stage + (j - each)",
+    ),
+    Mutant(
+        "a cluster's last packs belong to no block",
+        "swl.backends.cupy.plans",
+        "each = -(-packs // CLUSTER)",
+        "each = packs // CLUSTER",
+    ),
+    Mutant(
+        "clusters where the device has none",
+        "swl.backends.cupy.plans",
+        "if limits.clusters and fill",
+        "if fill",
+    ),
     Mutant("no barrier in the column sums", "affine", "  __syncthreads();  // row 0", "  // row 0", "affine"),
     Mutant(
         "a barrier that only some threads reach",
@@ -463,8 +508,22 @@ BY_HAND = (
     Mutant(
         "rows of gradients in 32 bits: ce_rows",
         "cross_entropy",
-        "grad_nc + n * grad_stride;",
-        "grad_nc + (int)(n * grad_stride);",
+        "grad_nc + n * grad_stride);",
+        "grad_nc + (int)(n * grad_stride));",
+        "far",
+    ),
+    Mutant(
+        "rows of logits in 32 bits: ce_cluster",
+        "clusters",
+        "p.logits_nc + n * p.stride,",
+        "p.logits_nc + (int)(n * p.stride),",
+        "far",
+    ),
+    Mutant(
+        "rows of gradients in 32 bits: ce_cluster",
+        "clusters",
+        "grad_nc + n * grad_stride);",
+        "grad_nc + (int)(n * grad_stride));",
         "far",
     ),
     Mutant(
@@ -921,7 +980,7 @@ def _races(backend: Any) -> str:
 
     with recording.recording() as made:
         for case in branches.cases(branches.DTYPES[:1]):
-            with branches.small_device(case.processors, case.shared):
+            with branches.small_device(case.processors, case.shared, case.clusters):
                 branches.run(case, backend.CupyBackend(fake.cupy()))
     for names, source in made.sources.items():
         complaint = recording.replay(source, names, made.records[names], recording.THREAD)

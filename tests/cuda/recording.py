@@ -15,6 +15,7 @@ import fake
 import numpy as np
 from fakecuda import build, strict
 
+from swl.backends.cupy.plans import CLUSTER
 from swl.backends.cupy.structs import Argument
 
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr")
@@ -163,7 +164,9 @@ def replay(source: str, names: Iterable[str], records: list[Record], flags: tupl
         build.run(*common, build.HERE / "replay.cpp", "-o", to / "replay", "-ldl")
 
     def library(to: Path) -> None:
-        table = "".join(f'fake_kernel("{name}", &{name}), ' for name in names)
+        table = "".join(
+            f'fake_kernel("{name}", &{name}, {CLUSTER if name.startswith("ce_cluster") else 1}), ' for name in names
+        )
         (to / "kernels.cpp").write_text(
             f'#include "device.h"\n{source}\n#define FAKE_API extern "C" __attribute__((visibility("default")))\n'
             f"FAKE_API const FakeKernel* fake_kernels() {{ static const FakeKernel all[] = {{ {table}{{}} }}; return all; }}\n"

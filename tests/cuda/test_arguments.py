@@ -39,6 +39,7 @@ FAR = (
     branches.Case("block", HALF, 2, 3200),
     branches.Case("block", HALF, 2, 3200, dense="float16"),
     branches.Case("two sweeps", HALF, 2, 24000, shared=1200),
+    branches.Case("cluster", HALF, 2, 24000, shared=1500, clusters=True),
     branches.Case("split", HALF, 1, 24000, processors=3),
     branches.Case("split", HALF, 2, 24000, dense="float16", processors=6),
 )
@@ -47,7 +48,7 @@ FAR = (
 @pytest.mark.parametrize("case", FAR, ids=str)
 def test_rows_of_every_matrix_may_be_far_apart(case: branches.Case) -> None:
     """Logits, probabilities, gradients and row factors more than 2³¹ elements apart, in every variant."""
-    with branches.small_device(case.processors, case.shared):
+    with branches.small_device(case.processors, case.shared, case.clusters):
         near, far = branches.run(case, make()), branches.run(case, make(), far=True)
     for a, b in zip([*near.rows, near.grad, near.separate], [*far.rows, far.grad, far.separate], strict=True):
         assert (a is None) == (b is None)
@@ -138,7 +139,7 @@ def edges(dtype: Any, C: int) -> Any:
 
 
 @pytest.mark.parametrize("dtype", branches.DTYPES, ids=str)
-@pytest.mark.parametrize("variant", ["part", "warp", "block", "two sweeps", "split"])
+@pytest.mark.parametrize("variant", ["part", "warp", "block", "two sweeps", "cluster", "split"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_every_statistic_at_the_edges(dtype: Any, variant: str, dense: bool) -> None:
     C = {"part": 20, "warp": 100}.get(variant, 2100 * 16 // dtype.itemsize)
@@ -150,7 +151,8 @@ def test_every_statistic_at_the_edges(dtype: Any, variant: str, dense: bool) -> 
     with np.errstate(all="ignore"):
         target = Target(probs=q) if dense else Target(ids=ids)
         want = NumpyBackend().cross_entropy_forward(z.astype(acc), target, True)
-    with branches.small_device(3 if variant == "split" else 1, 1200 if variant == "two sweeps" else 65536):
+    shared = 1200 if variant in ("two sweeps", "cluster") else 65536
+    with branches.small_device(3 if variant == "split" else 1, shared, variant == "cluster"):
         backend = make()
         target = Target(probs=backend.asarray(q)) if dense else Target(ids=backend.asarray(ids))
         out, scale = backend.empty(z.shape, z.dtype), backend.asarray(np.ones(1, acc))

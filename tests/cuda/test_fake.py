@@ -282,13 +282,28 @@ template <typename T> __global__ void lost(T some) { if (threadIdx.x < some) __s
 template <typename T> __global__ void torn(T some) { if (threadIdx.x < some) __shfl_sync(0xffffffffu, 1.0f, 0, 32); }
 template <typename T> __global__ void half_warp(T some) { __shfl_sync(0x0000ffffu, 1.0f, 0, 16); }
 template <typename T> __global__ void pair(Pair p, T* y) { y[threadIdx.x] = p.x[0] * p.n + p.more; }
+template <typename T> __global__ void __cluster_dims__(4, 1, 1) around(T* y, int met) {
+  extern __shared__ int mine[];
+  mine[0] = blockIdx.x;
+  if ((int)blockIdx.x % 4 < met) { __cluster_barrier_arrive(); __cluster_barrier_wait(); }
+  y[blockIdx.x] = *(int*)__cluster_map_shared_rank(mine, (blockIdx.x + 1) % 4);
+}
 template <typename T> __global__ void tiny(const T* x, T* y) { y[threadIdx.x] = x[threadIdx.x] * (T)0.5; }
 """
 
 
 @pytest.fixture
 def kernels(cupy: Any) -> Any:
-    names = ("copy<float>", "wide<float>", "lost<int>", "torn<int>", "half_warp<int>", "pair<float>", "tiny<float>")
+    names = (
+        "copy<float>",
+        "wide<float>",
+        "lost<int>",
+        "torn<int>",
+        "half_warp<int>",
+        "pair<float>",
+        "tiny<float>",
+        "around<int>",
+    )
     module = cupy.RawModule(code=SOURCE, options=("-std=c++17", "-fmad=false"), name_expressions=names)
     return SimpleNamespace(**{name.split("<")[0]: module.get_function(name) for name in names})
 
@@ -359,6 +374,24 @@ def test_what_a_kernel_does_wrong_is_an_error_from_then_on(
     fakecuda.forgive()
     kernels.lost((1,), (64,), (np.int32(64),))  # and the next launch is none the worse
     cupy.cuda.Device().synchronize()
+
+
+def test_blocks_of_a_cluster_reach_each_others_shared_memory(cupy: Any, kernels: Any) -> None:
+    y = cupy.zeros(8, np.int32)
+    kernels.around((8,), (32,), (y, np.int32(4)), shared_mem=4)
+    assert y.get().tolist() == [1, 2, 3, 0, 5, 6, 7, 4]
+    kernels.around((8,), (32,), (y, np.int32(0)), shared_mem=4)  # nobody waits: what is read first is poison
+    assert y.get()[0] == -1
+    for clusters, blocks in ((0, 8), (1, 6)):
+        with (
+            fakecuda.settings(clusters=clusters),
+            pytest.raises(cupy.cuda.driver.CUDADriverError, match="clusters of 4 blocks"),
+        ):
+            kernels.around((blocks,), (32,), (y, np.int32(4)), shared_mem=4)
+    kernels.around((8,), (32,), (y, np.int32(3)), shared_mem=4)
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="not all threads reach"):
+        cupy.cuda.Device().synchronize()
+    fakecuda.forgive()
 
 
 def test_subnormal_floats_become_0_as_cupy_has_it_compiled(cupy: Any, kernels: Any) -> None:

@@ -43,7 +43,11 @@ def test_bias_and_column_sums() -> None:
     checks.check_affine(make)
 
 
-@pytest.mark.parametrize("limits", [Limits(132, 227 * 1024), Limits(40, 64 * 1024), Limits(16, 99 * 1024)])
+@pytest.mark.parametrize(
+    "limits",
+    [Limits(132, 227 * 1024, True), Limits(108, 163 * 1024), Limits(40, 64 * 1024), Limits(16, 99 * 1024, True)],
+    ids=str,
+)
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_a_plan_covers_every_row_within_the_limits(itemsize: int, limits: Limits) -> None:
     for N in (1, 2, 7, 40, 1000, 10**6):
@@ -59,6 +63,12 @@ def test_a_plan_covers_every_row_within_the_limits(itemsize: int, limits: Limits
             elif how.variant == "split":
                 assert how.splits * how.packs_each >= packs > (how.splits - 1) * how.packs_each
                 assert N * how.splits >= min(limits.processors, N * (packs // 1024))
+            elif how.variant == "cluster":
+                assert limits.clusters
+                assert how.on_chip
+                assert how.blocks == N * how.splits
+                assert how.splits * how.packs_each >= packs
+                assert 16 * (how.packs_each - how.keep * how.threads) <= how.stage
             else:
                 assert how.blocks == N
 

@@ -38,7 +38,7 @@ def make() -> CupyBackend:
 
 def sweep(cases: Iterable[branches.Case]) -> None:
     for case in cases:
-        with branches.small_device(case.processors, case.shared):
+        with branches.small_device(case.processors, case.shared, case.clusters):
             branches.run(case, make())
 
 
@@ -49,11 +49,11 @@ def launches(cupy: Any) -> recording.Recording:
 
 @pytest.fixture(scope="module")
 def synchronising(cupy: Any) -> recording.Recording:
-    """All branches in float32, and for the other dtypes the variants in which threads wait for each other.
+    """All branches in float32, and for float64 and float16 the variants in which threads wait for each other.
 
     Which thread touches what depends on the dtype only by the length of a pack, and threads are slow to make.
     """
-    full, others = branches.DTYPES[:1], branches.DTYPES[1:]
+    full, others = branches.DTYPES[:1], branches.DTYPES[1:3]
     return record([*branches.cases(full), *(c for c in branches.cases(others) if c.out == "shifted" or c.offset)])
 
 
@@ -67,7 +67,12 @@ TYPES = [(T, "") for T in SIZE] + [(T, G) for T, narrower in NARROWER.items() fo
 MODULES = [
     ("class_ids", "", "", ""),
     *(("affine", T, "", "") for T in SIZE),
-    *(("cross_entropy", T, KIND, G) for T, G in TYPES for KIND in ("PLAIN", "OPTIONS", "PROBS")),
+    *(
+        (file, T, KIND, G)
+        for file in ("cross_entropy", "clusters")
+        for T, G in TYPES
+        for KIND in ("PLAIN", "OPTIONS", "PROBS")
+    ),
 ]
 
 
@@ -85,7 +90,7 @@ def test_no_access_out_of_bounds(launches: recording.Recording, module: tuple[st
         replay(launches, module, recording.ADDRESS, reverse)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=" ".join)
+@pytest.mark.parametrize("module", [m for m in MODULES if m[1] != "__nv_bfloat16"], ids=" ".join)
 def test_no_race_with_all_blocks_at_the_same_time(synchronising: recording.Recording, module: tuple[str, ...]) -> None:
     replay(synchronising, module, recording.THREAD)
 
@@ -102,8 +107,8 @@ BROKEN = {
     "head": (recording.ADDRESS, "c < 0 ? (int)-c : 0", "0", "illegal address outside of the arrays"),
     "staged row": (
         recording.ADDRESS,
-        "packed.copy_to(stage + (j - each)",
-        "packed.copy_to(stage + j",
+        "packed.copy_to(stage + (j - from - each)",
+        "packed.copy_to(stage + (j - from)",
         "heap-buffer-overflow",
     ),
 }
@@ -116,10 +121,10 @@ def test_a_broken_kernel_is_seen(name: str) -> None:
     cases = [c for c in branches.cases(branches.DTYPES[:1]) if c.options == options and not c.dense]
     with recording.recording() as made:
         sweep(c for c in cases if c.out in ("new", "same", "shifted"))  # those of one type
-    assert all(old in source for source in made.sources.values())
+    sources = {names: source for names, source in made.sources.items() if old in source}
     complaints = (
         recording.replay(source.replace(old, new), names, made.records[names], flags)
-        for names, source in made.sources.items()
+        for names, source in sources.items()
     )
     assert any(words in complaint for complaint in complaints)
 

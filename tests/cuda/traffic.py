@@ -32,6 +32,7 @@ class Row(NamedTuple):
     dtype: str
     C: int
     shared: int
+    clusters: bool
     sweeps: str
     reads: float
     writes: float
@@ -42,22 +43,26 @@ class Row(NamedTuple):
         return self.reads <= self.most_reads and self.writes <= self.most_writes
 
 
-# C, dtype, rows, multiprocessors (few rows are split where 3·N ≤ this), shared memory of the device
+# C, dtype, rows, multiprocessors (few rows are split where 3·N ≤ this), shared memory of the device, whether it has clusters
 SHAPES = (
-    (10, np.float32, 256, 132, H100),
-    (500, np.float32, 8, 132, H100),
-    (1000, np.float32, 8, 3, H100),
-    (32000, np.float32, 2, 3, H100),
-    (32000, np.float32, 2, 3, A10),
-    (49500, np.float32, 2, 3, A100),
-    (66000, np.float32, 2, 3, H100),
-    (128256, np.float32, 2, 3, H100),
-    (50257, ml_dtypes.bfloat16, 2, 3, H100),
-    (50257, ml_dtypes.bfloat16, 2, 3, A10),
-    (99000, ml_dtypes.bfloat16, 2, 3, A100),
-    (128256, ml_dtypes.bfloat16, 2, 3, H100),
-    (262144, ml_dtypes.bfloat16, 2, 3, H100),
-    (1000000, np.float32, 1, 132, H100),
+    (10, np.float32, 256, 132, H100, True),
+    (500, np.float32, 8, 132, H100, True),
+    (1000, np.float32, 8, 3, H100, True),
+    (32000, np.float32, 2, 3, H100, True),
+    (32000, np.float32, 2, 3, A10, False),
+    (49500, np.float32, 2, 3, A100, False),
+    (66000, np.float32, 2, 3, H100, True),
+    (128256, np.float32, 2, 3, A100, False),
+    (128256, np.float32, 2, 3, H100, True),
+    (262144, np.float32, 2, 3, H100, True),
+    (50257, ml_dtypes.bfloat16, 2, 3, H100, True),
+    (50257, ml_dtypes.bfloat16, 2, 3, A10, False),
+    (99000, ml_dtypes.bfloat16, 2, 3, A100, False),
+    (128256, ml_dtypes.bfloat16, 2, 3, H100, True),
+    (262144, ml_dtypes.bfloat16, 2, 3, H100, True),
+    (262144, np.float16, 2, 3, H100, True),
+    (128256, np.float32, 2, 16, H100, True),
+    (1000000, np.float32, 1, 132, H100, True),
 )
 
 
@@ -82,10 +87,10 @@ def count(call: Callable[[], Any]) -> tuple[list[str], int, int]:
     return names, moved.bytes_read, moved.bytes_written
 
 
-def measure_shape(C: int, scalar: Any, N: int, processors: int, shared: int) -> Iterator[Row]:
+def measure_shape(C: int, scalar: Any, N: int, processors: int, shared: int, clusters: bool) -> Iterator[Row]:
     """Run a shape forward, backward and both, and count."""
     dtype = np.dtype(scalar)
-    with branches.small_device(processors, shared):
+    with branches.small_device(processors, shared, clusters):
         backend = CupyBackend(fake.cupy())
         logits = backend.asarray(np.random.default_rng(0).normal(size=(N, C)).astype(dtype))
         ids, _, _ = backend.prepare_ids(backend.asarray(np.arange(N) % C), C, -100, None)
@@ -100,7 +105,7 @@ def measure_shape(C: int, scalar: Any, N: int, processors: int, shared: int) -> 
         for sweeps, call in calls.items():
             names, *moved = count(call)
             read, written = (n / (N * C * dtype.itemsize) for n in moved)
-            reads = 1 if sweeps != "both" or names == ["rows"] else 2  # of each logit
+            reads = 1 if sweeps != "both" or names in (["rows"], ["cluster"]) else 2  # of each logit
             # in a short row what is moved once per row weighs much: id, M, S, A, scale, and the class id's column once more
             short = C < 100
             yield Row(
@@ -108,6 +113,7 @@ def measure_shape(C: int, scalar: Any, N: int, processors: int, shared: int) -> 
                 dtype.name,
                 C,
                 shared,
+                clusters,
                 sweeps,
                 read,
                 written,
@@ -124,12 +130,14 @@ def measure() -> list[Row]:
 def main() -> int:
     if reason := fake.register():
         sys.exit(reason)
+    fake.cupy()  # loads the fake driver
     table = measure()
-    print("| classes | logits | shared memory | sweep | kernels | reads | at most | writes | at most |")
+    print("| classes | logits | shared memory, clusters | sweep | kernels | reads | at most | writes | at most |")
     print("|--:|---|--:|---|---|--:|--:|--:|--:|")
     for row in table:
+        device = f"{row.shared // 1024} KiB{', yes' * row.clusters}"
         print(
-            f"| {row.C} | {row.dtype} | {row.shared // 1024} KiB | {row.sweeps} | {row.variant} | {row.reads:.4f} "
+            f"| {row.C} | {row.dtype} | {device} | {row.sweeps} | {row.variant} | {row.reads:.4f} "
             f"| {row.most_reads:.2f} | {row.writes:.4f} | {row.most_writes:.2f} |{'' if row.ok() else ' TOO MUCH |'}"
         )
     return sum(not row.ok() for row in table)

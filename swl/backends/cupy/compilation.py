@@ -43,7 +43,9 @@ def source(name: str) -> str:
 def module_source(group: tuple[str, ...]) -> str:
     """Give the source of a module of `instances`: the file, and the checks of the structs that its kernels take."""
     file, *more = group
-    return source(file) + "".join(s.check(more[0]) for s in (PROBLEM, ROWS_OUT) if file == "cross_entropy")
+    return source(file) + "".join(
+        s.check(more[0]) for s in (PROBLEM, ROWS_OUT) if file in ("cross_entropy", "clusters")
+    )
 
 
 OPTIONS = ("-std=c++17", "-fmad=false")
@@ -67,7 +69,9 @@ def kind(*options: str) -> str:
 
 
 def instances(group: tuple[str, ...]) -> tuple[str, ...]:
-    """List the kernels of a module: ("cross_entropy", type, kind[, type of gradients]), ("affine", type) or ("class_ids",)."""
+    """List the kernels of a module: ("cross_entropy" or "clusters", type, kind[, type of gradients]), ("affine", type) or
+    ("class_ids",).
+    """
     file, T, KIND, G, *_ = *group, "", "", ""
     if file == "class_ids":
         return tuple(
@@ -85,6 +89,9 @@ def instances(group: tuple[str, ...]) -> tuple[str, ...]:
             f"column_totals<double, {T}>",
         )
     more = f", {G}" if G else ""
+    if file == "clusters":
+        both_sweeps = f"ce_cluster<{T}, {KIND}, {wide}, {KEEP_BLOCK}{more}>"
+        return (both_sweeps,) if G else (both_sweeps, f"ce_cluster<{T}, {KIND}, {wide}, 0>")
     both = (  # sweeps
         f"ce_rows<{T}, {KIND}, 8, 1, 4{more}>",
         f"ce_rows<{T}, {KIND}, 32, {wide}, {KEEP_WARP}{more}>",
@@ -108,7 +115,7 @@ def module_of(name: str) -> tuple[str, ...]:
     T, *more = arguments.split(", ")
     if kernel.startswith("ce_"):
         narrower = more[-1:] if more[-1] in SIZE else []
-        return ("cross_entropy", T, more[0], *narrower)
+        return ("clusters" if kernel == "ce_cluster" else "cross_entropy", T, more[0], *narrower)
     if kernel.endswith("_ids"):
         return ("class_ids",)
     return ("affine", more[0] if kernel == "column_totals" else T)

@@ -104,13 +104,18 @@ class CrossEntropy(Launcher):
                 if fused
                 else (NULL, i64(0), NULL, i64(0))
             )
+            keep = f"{how.V}, {how.keep if fused or how.lanes else 0}{_narrower(logits, out) if fused else ''}"
+            part: tuple[Any, ...] = ()
+            if how.variant == "cluster":
+                name, part = f"ce_cluster<{c_type}, {what}, {keep}>", (i64(how.packs_each),)
+            else:
+                name = f"ce_rows<{c_type}, {what}, {how.lanes}, {keep}>"
             self._launch(
                 device,
-                f"ce_rows<{c_type}, {what}, {how.lanes}, {how.V}, {how.keep if fused or how.lanes else 0}"
-                f"{_narrower(logits, out) if fused else ''}>",
+                name,
                 (how.blocks,),
                 (how.threads,),
-                (head, outputs, *gradient),
+                (head, outputs, *part, *gradient),
                 shared=how.shared + (how.stage if fused else 0),
             )
             if fused:

@@ -13,6 +13,7 @@ from swl.backends.cupy.plans import Limits
 
 __all__ = ["NULL", "Device", "Launcher", "i32", "i64", "or_null", "row_stride", "rows_are_dense"]
 
+_CLUSTER_LAUNCH = 120  # cudaDevAttrClusterLaunch, which CuPy does not name
 NULL = np.uint64(0)  # a pointer to nothing
 i32, i64 = np.int32, np.int64
 
@@ -23,7 +24,11 @@ class Device:
     def __init__(self, xp: ModuleType, index: int) -> None:
         attributes = xp.cuda.Device(index).attributes
         self.index = index
-        self.limits = Limits(attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"])
+        self.limits = Limits(
+            attributes["MultiProcessorCount"],
+            attributes["MaxSharedMemoryPerBlockOptin"],
+            bool(xp.cuda.runtime.deviceGetAttribute(_CLUSTER_LAUNCH, index)),
+        )
         self.kernels: dict[str, Any] = {}
         with xp.cuda.Device(index):
             self.error = xp.zeros(5, dtype=np.uint64)
@@ -61,7 +66,7 @@ class Launcher:
                         code=module_source(group), options=OPTIONS, name_expressions=instances(group)
                     )
                 found = self._modules[group].get_function(name)
-                if name.startswith("ce_rows") and ", 0, " in name and not name.endswith(", 0>"):
+                if name.startswith(("ce_rows", "ce_cluster")):
                     found.max_dynamic_shared_size_bytes = device.limits.shared
                 device.kernels[name] = found
         return found

@@ -36,11 +36,18 @@ struct Meeting {  // of the threads of a block
   unsigned char values[32][2][32][16];  // by turns: one wait orders a turn
 };
 
+struct Cluster {  // of blocks
+  pthread_barrier_t all;
+  std::vector<Meeting*> meetings;
+  unsigned char* shared[8];
+};
+
 struct OnThread {
   FakeBlock block;
   FakeThread thread;
   FakeTraffic traffic;
   Meeting* meeting;
+  Cluster* cluster;
   const fake::Launch* launch;
   void** args;
   int turn;
@@ -52,6 +59,7 @@ static void fault(const char* what) {
   _Exit(3);
 }
 static void barrier(int) { pthread_barrier_wait(&self->meeting->all); }
+static void barrier_of_cluster(int) { pthread_barrier_wait(&self->cluster->all); }
 static void exchange(const void* mine, int size, int from, unsigned long long tag, void* result, unsigned mask) {
   const int warp = self->thread.number / 32;
   pthread_barrier_t* const together = &self->meeting->warps[warp];
@@ -76,20 +84,27 @@ static void* work(void* argument) {
   return nullptr;
 }
 
-static void start(fake::Launch& launch, void** args, std::vector<pthread_t>& ids, std::vector<Meeting*>& meetings) {
-  const unsigned *g = launch.grid, *b = launch.block, n = b[0] * b[1] * b[2];
+static void start(fake::Launch& launch, void** args, std::vector<pthread_t>& ids, std::vector<Cluster*>& clusters) {
+  const unsigned *g = launch.grid, *b = launch.block, n = b[0] * b[1] * b[2], of_cluster = launch.kernel->cluster;
   for (unsigned k = 0; k < g[0] * g[1] * g[2]; ++k) {
     Meeting* const meeting = new Meeting;
-    meetings.push_back(meeting);
+    if (k % of_cluster == 0) {
+      clusters.push_back(new Cluster);
+      pthread_barrier_init(&clusters.back()->all, nullptr, n * of_cluster);
+    }
+    Cluster* const cluster = clusters.back();
+    cluster->meetings.push_back(meeting);
     unsigned char* const shared = new (std::align_val_t(16)) unsigned char[launch.shared];
     memset(shared, 0xff, launch.shared);
+    cluster->shared[k % of_cluster] = shared;
     pthread_barrier_init(&meeting->all, nullptr, n);
     meeting->n_warps = n / 32;
     for (unsigned w = 0; w < n / 32; ++w) pthread_barrier_init(&meeting->warps[w], nullptr, 32);
     for (unsigned i = 0; i < n; ++i) {
       OnThread* t = new OnThread{{{k % g[0], k / g[0] % g[1], k / g[0] / g[1]}, {b[0], b[1], b[2]}, {g[0], g[1], g[2]}},
-          {{i % b[0], i / b[0] % b[1], i / b[0] / b[1]}, (int)i}, {}, meeting, &launch, args};
+          {{i % b[0], i / b[0] % b[1], i / b[0] / b[1]}, (int)i}, {}, meeting, cluster, &launch, args};
       t->block.shared = shared, t->block.thread = &t->thread, t->block.traffic = &t->traffic;
+      t->block.cluster = cluster->shared, t->block.barrier_of_cluster = barrier_of_cluster;
       t->block.barrier = barrier, t->block.exchange = exchange, t->block.fault = fault, t->block.legal = launch.legal;
       ids.emplace_back();
       if (pthread_create(&ids.back(), nullptr, work, t)) _Exit(4);
@@ -170,13 +185,17 @@ int main(int, char** argv) {
     }
 #ifdef FAKE_THREADS
     std::vector<pthread_t> ids;
-    std::vector<Meeting*> meetings;
-    for (Call& call : calls) start(call.launch, call.args.data(), ids, meetings);
+    std::vector<Cluster*> clusters;
+    for (Call& call : calls) start(call.launch, call.args.data(), ids, clusters);
     for (pthread_t id : ids) pthread_join(id, nullptr);
-    for (Meeting* meeting : meetings) {
-      pthread_barrier_destroy(&meeting->all);
-      for (int w = 0; w < meeting->n_warps; ++w) pthread_barrier_destroy(&meeting->warps[w]);
-      delete meeting;
+    for (Cluster* cluster : clusters) {
+      for (Meeting* meeting : cluster->meetings) {
+        pthread_barrier_destroy(&meeting->all);
+        for (int w = 0; w < meeting->n_warps; ++w) pthread_barrier_destroy(&meeting->warps[w]);
+        delete meeting;
+      }
+      pthread_barrier_destroy(&cluster->all);
+      delete cluster;
     }
 #else
     for (Call& call : calls) {

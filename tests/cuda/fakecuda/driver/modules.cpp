@@ -180,6 +180,8 @@ CU(cuLaunchKernel, Function* function, unsigned gx, unsigned gy, unsigned gz, un
   Launch launch{kernel, function->module->enter, function->module->fibers, function->module->strict, {gx, gy, gz},
       {bx, by, bz}, shared};
   std::string wrong = illegal(launch.grid, launch.block, shared, function->most_shared);
+  if (kernel->cluster > 1 && (!settings.clusters || gx % kernel->cluster))
+    wrong = "clusters of " + std::to_string(kernel->cluster) + " blocks, of which the device has none or the grid no whole number";
   if (!wrong.empty()) return fail(cudaErrorInvalidValue, std::string(kernel->name) + ": " + wrong);
   if (function->module->device != current || stream->device != current)
     return fail(cudaErrorInvalidResourceHandle, std::string(kernel->name) + " of device " +

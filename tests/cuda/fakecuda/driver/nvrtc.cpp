@@ -37,22 +37,32 @@ static std::string unit(const Program& program, bool flush, bool cupys) {
   std::set<std::string> names(program.expressions.begin(), program.expressions.end());
   const std::regex kernel(R"(extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^)]*\)\s*)?(\w+)\s*\()");
   for (std::sregex_iterator it(text.begin(), text.end(), kernel), end; it != end; ++it) names.insert((*it)[1]);
+  // __cluster_dims__ of the kernel that a name is an instance of
+  const auto cluster = [&text](const std::string& name) {
+    const std::string kernel = name.substr(0, name.find('<'));
+    std::smatch found;
+    const std::regex dims(R"(__cluster_dims__\((\d+)[^{;]*?\b)" + kernel + R"(\()");
+    return std::regex_search(text, found, dims) ? found[1].str() : "1";
+  };
   const bool fibers = std::regex_search(text, std::regex("__syncthreads|__shfl_|__syncwarp"));
   text += "\n#undef threadIdx\n#define FAKE_API extern \"C\" __attribute__((visibility(\"default\")))\n";
   text += "FAKE_API const FakeKernel* fake_kernels() {\n  static const FakeKernel all[] = {\n";
-  for (const std::string& name : names) text += "    fake_kernel(\"" + name + "\", &" + name + "),\n";
+  for (const std::string& name : names) text += "    fake_kernel(\"" + name + "\", &" + name + ", " + cluster(name) + "),\n";
   text += "    {}};\n  return all;\n}\nFAKE_API int fake_flags[3]; int fake_flags[3] = {";
   return text + std::to_string(fibers) + ", " + std::to_string(flush) + ", " + std::to_string(!cupys) + "};\n";
 }
 
-// All that CuPy's own kernels start with, compiled once.
-static std::string precompiled(const std::string& command) {
-  const std::string at = scratch + "/cupy" + std::to_string(std::hash<std::string>()(command + headers_digest));
+// device.h, and all that CuPy's own kernels start with, compiled once.
+static std::string precompiled(const std::string& command, bool cupys) {
+  const std::string words = command + headers_digest + std::to_string(cupys);
+  const std::string at = scratch + "/header" + std::to_string(std::hash<std::string>()(words));
   if (access((at + "/all.h.gch").c_str(), R_OK)) {
     const std::string mine = at + "." + std::to_string(getpid());
     mkdir(mine.c_str(), 0700);
-    std::ofstream(mine + "/all.h") << "#include \"device.h\"\n#include <cupy/complex.cuh>\n#include <cupy/carray.cuh>\n"
-                                      "#include <cupy/atomics.cuh>\n#include <cupy/math_constants.h>\n";
+    std::ofstream(mine + "/all.h") << "#include \"device.h\"\n"
+                                   << (cupys ? "#include <cupy/complex.cuh>\n#include <cupy/carray.cuh>\n"
+                                               "#include <cupy/atomics.cuh>\n#include <cupy/math_constants.h>\n"
+                                             : "");
     if (system((command + " -x c++-header " + mine + "/all.h -o " + mine + "/all.h.gch >/dev/null 2>&1").c_str()))
       return "device.h";
     if (rename(mine.c_str(), at.c_str()) && access((at + "/all.h.gch").c_str(), R_OK)) return "device.h";
@@ -80,7 +90,7 @@ API int nvrtcCompileProgram(Program* program, int n, const char* const* options)
   std::string folder = scratch + "/nvrtcXXXXXX";
   if (!mkdtemp(&folder[0])) return 1;
   std::ofstream(folder + "/k.cpp") << unit(*program, flush, cupys);
-  const std::string header = cupys ? precompiled(command) : "device.h";
+  const std::string header = precompiled(command, cupys);
   const int failed = system((command + " -include " + header + " " + folder + "/k.cpp -shared -o " + folder +
                              "/k.so > " + folder + "/log 2>&1")
           .c_str());

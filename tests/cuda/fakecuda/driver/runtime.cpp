@@ -57,7 +57,7 @@ API int fakecuda_set(const char* name, int value) {
   SETTING(devices)
   SETTING(version)
   SETTING(peers)
-  SETTING(processors) SETTING(shared) SETTING(capability) SETTING(reverse) SETTING(ahead) SETTING(reduced) SETTING(dry) return -1;
+  SETTING(processors) SETTING(shared) SETTING(capability) SETTING(clusters) SETTING(reverse) SETTING(ahead) SETTING(reduced) SETTING(dry) return -1;
 }
 API void fakecuda_judge(int (*f)(int, const char*)) { judge = f; }
 
@@ -142,6 +142,9 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int
       break;
     case cudaDevAttrComputeCapabilityMinor:
       *value = settings.capability % 10;
+      break;
+    case cudaDevAttrClusterLaunch:
+      *value = settings.clusters;
       break;
     case cudaDevAttrUnifiedAddressing:
     case cudaDevAttrManagedMemory:

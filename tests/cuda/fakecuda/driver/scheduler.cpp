@@ -60,6 +60,7 @@ fake_switch:
 namespace fake {
 
 struct Fiber : FakeThread {
+  int rank;  // of its block in the cluster
   void* stack_pointer;
   char* stack;
   bool done, started;
@@ -72,13 +73,22 @@ struct Warp {
   unsigned char values[2][32][16];  // by turns: one wait orders a turn
 };
 
+// Threads that wait for each other: a block's, or a cluster's.
+struct Meeting {
+  int arrived, generation, alive, line;
+  void wait(int at_line, int all, const char* divergent);
+};
+
 const size_t STACK = 256 << 10;
+const int CLUSTER = 8, FIBERS = CLUSTER * 1024;  // at most
 static Fiber* fibers;
 static Fiber* running;
 static void* scheduler_stack_pointer;
-static FakeBlock block;
-static Warp warps[32];
-static int n_threads, arrived, generation, alive, barrier_line;
+static FakeBlock blocks[CLUSTER];
+static unsigned char* shared[CLUSTER];
+static Warp warps[CLUSTER][32];
+static Meeting of_block[CLUSTER], of_cluster;
+static int n_threads, n_blocks;  // of a block, of a cluster
 static bool progress;
 static Launch* launch;
 static void** launch_args;
@@ -90,20 +100,21 @@ static void yield() { fake_switch(&running->stack_pointer, scheduler_stack_point
 
 static void fault(const char* what) {
   char where[100];
+  const FakeBlock& block = blocks[running ? running->rank : 0];
   snprintf(where, sizeof where, " in block (%u, %u, %u), thread %d", block.index.x, block.index.y, block.index.z,
       block.thread ? block.thread->number : -1);
   broken = std::string(launch->kernel->name) + ": " + what + where;
   siglongjmp(escape, 1);
 }
 
-static void barrier(int line) {
-  if (!arrived) barrier_line = line;
-  if (line != barrier_line) fault("divergent __syncthreads()");
+void Meeting::wait(int at_line, int all, const char* divergent) {
+  if (!arrived) line = at_line;
+  if (line != at_line) fault(divergent);
   const int mine = generation;
   ++arrived;
   progress = true;
   while (generation == mine) {
-    if (arrived >= (launch->strict ? n_threads : alive)) {
+    if (arrived >= (launch->strict ? all : alive)) {
       arrived = 0;
       ++generation;
       progress = true;
@@ -113,8 +124,13 @@ static void barrier(int line) {
   }
 }
 
+static void barrier(int line) { of_block[running->rank].wait(line, n_threads, "divergent __syncthreads()"); }
+static void barrier_of_cluster(int line) {
+  of_cluster.wait(line, n_threads * n_blocks, "a divergent barrier of a cluster");
+}
+
 static void exchange(const void* mine, int size, int from, unsigned long long tag, void* result, unsigned mask) {
-  Warp& warp = warps[running->number / 32];
+  Warp& warp = warps[running->rank][running->number / 32];
   const int lane = running->number % 32, before = warp.generation;
   if (mask != ~0u) fault("a shuffle of less than a warp");
   if (n_threads % 32) fault("a shuffle where warps are not full");
@@ -137,7 +153,8 @@ static void fiber_main() {
   for (;;) {
     launch->kernel->call(launch->kernel->function, launch_args);
     running->done = true;
-    --alive;
+    --of_block[running->rank].alive;
+    --of_cluster.alive;
     progress = true;
     yield();
   }
@@ -153,37 +170,41 @@ static void reset(Fiber* fiber) {
 }
 
 static void make_fibers() {
-  fibers = new Fiber[1024]();
-  for (int i = 0; i < 1024; ++i)
+  fibers = new Fiber[FIBERS]();
+  for (int i = 0; i < FIBERS; ++i)
     fibers[i].stack =
         (char*)mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 }
 
 static void run_fibers() {
-  memset(warps, 0, sizeof warps);
-  arrived = 0;
-  alive = n_threads;
-  for (int i = 0; i < n_threads; ++i) {
+  const int all = n_threads * n_blocks;
+  memset(warps, 0, n_blocks * sizeof warps[0]);
+  for (int rank = 0; rank < n_blocks; ++rank) of_block[rank] = {0, 0, n_threads};
+  of_cluster = {0, 0, all};
+  for (int i = 0; i < all; ++i) {
     if (!fibers[i].started || !fibers[i].done) reset(&fibers[i]);
-    place(&fibers[i], i, launch->block);
+    place(&fibers[i], i % n_threads, launch->block);
+    fibers[i].rank = i / n_threads;
     fibers[i].done = false;
   }
-  while (alive > 0) {
+  while (of_cluster.alive > 0) {
     progress = false;
-    for (int k = 0; k < n_threads; ++k) {
-      Fiber* fiber = &fibers[launch->reverse ? n_threads - 1 - k : k];
+    for (int k = 0; k < all; ++k) {
+      Fiber* fiber = &fibers[launch->reverse ? all - 1 - k : k];
       if (fiber->done) continue;
       running = fiber;
-      block.thread = fiber;
+      blocks[fiber->rank].thread = fiber;
+      if (n_blocks > 1) launch->enter(&blocks[fiber->rank]);
       fake_switch(&scheduler_stack_pointer, fiber->stack_pointer);
     }
-    if (alive && !progress) fault("not all threads reach a barrier or shuffle");
+    if (of_cluster.alive && !progress) fault("not all threads reach a barrier or shuffle");
   }
 }
 
 static void run_one_by_one() {  // no thread waits for another
   FakeThread thread;
-  block.thread = &thread;
+  blocks[0].thread = &thread;
+  running = nullptr;
   for (int i = 0; i < n_threads; ++i) {
     place(&thread, launch->reverse ? n_threads - 1 - i : i, launch->block);
     launch->kernel->call(launch->kernel->function, launch_args);
@@ -232,28 +253,34 @@ std::string run(Launch& this_launch, void** args) {
   broken.clear();
   if (!fibers) make_fibers();
   const CatchBadAddresses caught;
-  unsigned char* const shared = shared_memory(launch->shared);
-  const unsigned long long n_blocks = (unsigned long long)launch->grid[0] * launch->grid[1] * launch->grid[2];
+  n_blocks = launch->kernel->cluster;
+  for (int rank = 0; rank < n_blocks; ++rank) shared[rank] = shared_memory(launch->shared);
+  const unsigned long long clusters = (unsigned long long)launch->grid[0] * launch->grid[1] * launch->grid[2] / n_blocks;
   if (sigsetjmp(escape, 1) == 0) {
-    for (unsigned long long k = 0; k < n_blocks; ++k) {
-      block = block_of(*launch, launch->reverse ? n_blocks - 1 - k : k);
-      block.shared = shared;
-      block.traffic = &launch->traffic;
-      block.barrier = barrier;
-      block.exchange = exchange;
-      block.fault = fault;
-      block.legal = launch->legal;
-      launch->enter(&block);
-      if (shared) memset(shared, 0xff, launch->shared);
+    for (unsigned long long k = 0; k < clusters; ++k) {
+      const unsigned long long first = (launch->reverse ? clusters - 1 - k : k) * n_blocks;
+      for (int rank = 0; rank < n_blocks; ++rank) {
+        blocks[rank] = block_of(*launch, first + rank);
+        blocks[rank].shared = shared[rank];
+        blocks[rank].cluster = shared;
+        blocks[rank].traffic = &launch->traffic;
+        blocks[rank].barrier = barrier;
+        blocks[rank].barrier_of_cluster = barrier_of_cluster;
+        blocks[rank].exchange = exchange;
+        blocks[rank].fault = fault;
+        blocks[rank].legal = launch->legal;
+        if (launch->shared) memset(shared[rank], 0xff, launch->shared);
+      }
+      launch->enter(&blocks[0]);
       if (launch->fibers)
         run_fibers();
       else
         run_one_by_one();
     }
   } else {
-    for (int i = 0; i < 1024; ++i) fibers[i].started = false;
+    for (int i = 0; i < FIBERS; ++i) fibers[i].started = false;
   }
-  free(shared);
+  for (int rank = 0; rank < n_blocks; ++rank) free(shared[rank]);
   return broken;
 }
 

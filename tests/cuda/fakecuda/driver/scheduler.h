@@ -1,5 +1,6 @@
 // Runs the blocks of a launch. Each thread of a block is a fiber: it runs until it waits at a barrier or shuffle, then
-// the next one runs, by rising or falling number. Blocks come one after the other, by rising or falling number too.
+// the next one runs, by rising or falling number. Blocks come one after the other, by rising or falling number too, but
+// those of a cluster together.
 // Code with a missing barrier gives different numbers in the two orders.
 
 #pragma once

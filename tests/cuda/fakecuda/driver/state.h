@@ -25,7 +25,7 @@ extern std::recursive_mutex mutex;
 // What tests may choose, by these names, at any time but for the devices, the version and the peers.
 struct Settings {
   int devices = 2, version = 13000, peers = 0;
-  int processors = 132, shared = 227 << 10, capability = 90;  // of an H100
+  int processors = 132, shared = 227 << 10, capability = 90, clusters = 1;  // of an H100
   int reverse = 0;  // fibers, blocks and the nodes of a graph by falling number, where that is legal
   int ahead = 0;    // when the host waits for a stream, all others have run first
   int dry = 0;      // work is judged and logged, and not run

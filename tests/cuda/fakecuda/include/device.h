@@ -26,6 +26,7 @@
 #define __constant__ static
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
 #define __CUDACC_VER_MAJOR__ 13
@@ -55,6 +56,11 @@ struct dim3 { unsigned x = 1, y = 1, z = 1; };
 // ------------------------------------------------------------------------------------------------ barriers, shuffles
 
 #define __syncthreads() fake_block->barrier(__LINE__)
+#define __cluster_barrier_arrive()
+#define __cluster_barrier_wait() fake_block->barrier_of_cluster(__LINE__)
+inline void* __cluster_map_shared_rank(void* p, unsigned rank) {
+  return fake_block->cluster[rank] + ((unsigned char*)p - fake_block->shared);
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -241,12 +247,12 @@ template <typename... A> struct FakeCall {
   }
   static void call(void* f, void** a) { apply((void (*)(A...))f, a, std::index_sequence_for<A...>()); }
 };
-template <typename... A> FakeKernel fake_kernel(const char* name, void (*f)(A...)) {
+template <typename... A> FakeKernel fake_kernel(const char* name, void (*f)(A...), int cluster) {
   static const std::string signature = [] {
     std::string text;
     ((text += fake_letter<A>() + " "), ...);
     return text;
   }();
-  return {name, &FakeCall<A...>::call, (void*)f, (int)sizeof...(A), FakeCall<A...>::sizes, signature.c_str()};
+  return {name, &FakeCall<A...>::call, (void*)f, (int)sizeof...(A), FakeCall<A...>::sizes, signature.c_str(), cluster};
 }
 extern "C" __attribute__((visibility("default"), used)) void fake_enter(FakeBlock* b) { fake_block = b; }

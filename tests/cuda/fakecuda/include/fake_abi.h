@@ -21,7 +21,9 @@ struct FakeBlock {
   unsigned char* shared;
   FakeThread* thread;  // the one that runs
   FakeTraffic* traffic;
+  unsigned char* const* cluster;  // the shared memories of the blocks of its cluster
   void (*barrier)(int line);
+  void (*barrier_of_cluster)(int line);
   void (*exchange)(const void* mine, int size, int from, unsigned long long tag, void* result, unsigned mask);
   void (*fault)(const char* what);
   bool (*legal)(const void* p, int size);  // tells whether an access is within an array, where that is known
@@ -34,4 +36,5 @@ struct FakeKernel {
   int n_params;
   const int* sizes;
   const char* signature;  // see fake_letter in device.h
+  int cluster;            // blocks that run together
 };
