@@ -314,7 +314,7 @@ def test_rows_of_16_bit_have_the_bits_of_float32_rows_rounded(
         return arrays
 
     with swl.use_backend("numba"):
-        monkeypatch.setattr(_backend, "STREAM", 0)
+        monkeypatch.setattr(_backend, "STREAM", ((0, 0),))
         direct = found()
         monkeypatch.setattr(_backend, "READS_HALVES", False)
         staged = found()

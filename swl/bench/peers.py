@@ -6,6 +6,7 @@ Calls of losses give ``(loss, gradient)``, or ``(loss,)`` where only that is ask
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,9 @@ def torch_losses(z: Any, t: Any, *, grad: bool, compiled: bool) -> dict[str, Cal
         torch._dynamo.reset()  # each shape is compiled for itself
         call = of(torch.compile(loss, dynamic=False))
         try:
-            call()
+            # what torch keeps on disk may be compiled for another ATEN_CPU_CAPABILITY, and then corrupts memory
+            with torch.compiler.config.patch(force_disable_caches=True), warnings.catch_warnings(action="ignore"):
+                call()
         except torch._dynamo.exc.TorchDynamoException as error:  # no C++ compiler, say
             print(f"torch.compile is left out: {type(error).__name__}", file=sys.stderr)
         else:

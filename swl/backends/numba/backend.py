@@ -40,8 +40,8 @@ def load() -> Backend:
 GRAIN = 1 << 17
 """Logits of a range at least: as long as handing work to another thread takes (docs/performance.md)."""
 
-STREAM, LONG = 24 << 20, 1000
-"""Bytes of a gradient, and classes of a row, from which it is written past the caches, unless over the logits."""
+STREAM = ((24 << 20, 1000), (12 << 20, 4000))
+"""Bytes of a gradient, and classes of a row, from which both it is written past the caches, unless over the logits."""
 
 STAGED = 1 << 17
 """Numbers that are brought to the kernels' form at a time."""
@@ -136,7 +136,8 @@ class NumbaBackend(NumpyBackend):
     def _sweep(self, logits: Any, target: Target, rows: Any, argmax: Any, row_scale: Any, out: Any, flags: int) -> None:
         N, C = logits.shape
         acc = rows.dtype
-        if out is not None and out.nbytes >= STREAM and C >= LONG and not np.may_share_memory(out, logits):
+        large = out is not None and any(size <= out.nbytes and classes <= C for size, classes in STREAM)
+        if large and not np.may_share_memory(out, logits):
             flags |= kernels.STREAM
         ids = _NO_IDS if target.ids is None else target.ids
         options = (
