@@ -1,6 +1,6 @@
 """Write the tables of docs/cuda.md anew.
 
-python tests/cuda/tables.py [traffic] [mutants] [instructions] [compiled] [ledger]
+python tests/cuda/tables.py [traffic] [mutants] [instructions] [bounds] [compiled] [ledger]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ SCRIPTS = {
     "traffic": "traffic.py",
     "mutants": "mutants.py",
     "instructions": "instructions.py",
+    "bounds": "bounds.py",
     "compiled": "compile_table.py",
     "ledger": "ledger.py",
 }

@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import bounds
 import compile_table
 import instructions
 import pytest
@@ -89,6 +90,14 @@ def test_both_sweeps_issue_fewer_instructions_than_memory_leaves_time_for(
             assert one <= most_forward, forward
             assert other <= most_backward, backward
             assert one + other <= most, (forward, backward)
+
+
+def test_memory_and_nothing_else_bounds_a_plain_loss(kernels: list[compile_table.Kernel]) -> None:
+    found = [*bounds.bounds(kernels)]
+    assert {(b.card, b.T, b.C) for b in found} == {
+        (card.name, *case) for card in bounds.CARDS.values() for case in bounds.CASES
+    }
+    assert [b for b in found if b.share < 0.95] == []
 
 
 def test_a_turn_of_every_warp_of_a_processor_loads_32_kib(kernels: list[compile_table.Kernel]) -> None:

