@@ -1,6 +1,7 @@
 """What bounds a plain loss on a card, value and gradient of class ids: the memory, or the kernel's own instructions.
 
     python tests/cuda/bounds.py            prints the table of docs/cuda.md; fails where memory is not the bound
+    pip install --no-deps triton liger-kernel           and then Liger's kernel stands beside ours
 
 Both are counted in clocks of a processor for a logit: instructions from the machine code (instructions.py), bytes from the
 launch that `plan` chooses. The cards' constants are of NVIDIA's white papers. It is arithmetic, not a measurement.
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import compile_table
 import instructions
+import liger
 
 from swl.backends.cupy.compilation import SIZE
 from swl.backends.cupy.plans import Limits, plan
@@ -75,12 +77,18 @@ class Bound(NamedTuple):
 
 
 def bound(
-    card: Card, T: str, C: int, turns: dict[str, instructions.Turn], kernels: tuple[str, ...], moved: float
+    card: Card,
+    T: str,
+    C: int,
+    kernels: tuple[str, ...],
+    turns: Iterable[instructions.Turn],
+    moved: float,
+    waste: float = 1,
 ) -> Bound:
-    """Bound both sweeps, whose `turns` are given, that move so many bytes for a logit."""
+    """Bound both sweeps, whose `turns` are given, that move so many bytes for a logit and work on `waste` times the columns."""
     pipes: Counter[str] = Counter()
-    for turn in turns.values():
-        pipes.update(turn.by_pipe())
+    for turn in turns:
+        pipes.update({pipe: n * waste for pipe, n in turn.by_pipe().items()})
     # what is kept of a row goes to shared memory and back, beside its load and its store
     return Bound(card.name, T, C, kernels, pipes, card.memory(moved), card.work(pipes, 2 * moved))
 
@@ -100,20 +108,20 @@ def bounds(kernels: Iterable[Any]) -> Iterator[Bound]:
             else:
                 names = f"ce_rows<{T}, PLAIN, 0, {V}, 0>", f"ce_backward<{T}, PLAIN, {V}>"
             sweeps = {sweep: turn for name in names for sweep, turn in turns[architecture, name].items()}
-            yield bound(card, T, C, sweeps, names, (2 if how.on_chip else 3) * size)
+            yield bound(card, T, C, names, sweeps.values(), (2 if how.on_chip else 3) * size)
 
 
 def main() -> int:
-    """Print a line for each case; return how many are bound by something else than memory."""
+    """Print a line for each case, Liger's kernel too where it is installed; return how many of ours memory does not bound."""
     kernels = compile_table.compile_all(
         tuple(CARDS), lambda group: len(group) == 3 and group[2] == "PLAIN" and group[1] in ("float", "__nv_bfloat16")
     )
     found = [*bounds(kernels)]
     print("| card | logits | classes | kernels | instructions | ALU | MUFU | work | memory | bandwidth at most |")
     print("|---|---|--:|---|--:|--:|--:|--:|--:|--:|")
-    for b in found:
+    for b in [*found, *(liger.bounds() if liger.installed() else ())]:
         dtype = {"float": "float32", "__nv_bfloat16": "bfloat16"}[b.T]
-        names = ", ".join(f"`{name.split('<')[0]}`" for name in b.kernels)
+        names = ", ".join(f"`{name.split('<')[0]}`" if "<" in name else name for name in b.kernels)
         print(
             f"| {b.card} | {dtype} | {b.C} | {names} | {b.pipes.total():.1f} | {b.pipes['ALU']:.1f} | {b.pipes['MUFU']:.1f} "
             f"| {b.work:.3f} | {b.memory:.3f} | {b.share:.0%} |"

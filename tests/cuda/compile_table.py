@@ -155,6 +155,15 @@ def occupancy(architecture: str, registers: int, threads: int, shared: int) -> f
     return min(most // threads, by_registers, by_shared, 32) * threads / most
 
 
+def disassembled(cubin: bytes) -> str:
+    """Return the machine code of a module as text."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = _package_folder("bin/nvdisasm") / "bin" / "nvdisasm"
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
 def compile_module(job: tuple[tuple[str, ...], str]) -> list[Kernel]:
     """Compile one module for one device, and read the compiler's report and the machine code."""
     from cupy.cuda.compiler import _NVRTCProgram
@@ -169,11 +178,7 @@ def compile_module(job: tuple[tuple[str, ...], str]) -> list[Kernel]:
     for part in log.getvalue().split("Compiling entry function '")[1:]:
         spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill)", part)))
         report[part.split("'")[0]] = int(re.search(r"Used (\d+) registers", part)[1]), spilled
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin + b"\0")  # CuPy cuts the last byte off, as if it ended a string
-        file.flush()
-        tool = _package_folder("bin/nvdisasm") / "bin" / "nvdisasm"
-        listing = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    listing = disassembled(cubin + b"\0")  # CuPy cuts the last byte off, as if it ended a string
     code = {part.split("\n", 1)[0].strip(): part for part in re.split(r"\n\.text\.", listing)}
     found = []
     for name in names:

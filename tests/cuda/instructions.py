@@ -114,9 +114,9 @@ class Turn(NamedTuple):
 MOST = 4  # packs of a turn
 
 
-def cheapest_turn(code: list[Block], access: str, V: int, each: int = 1) -> Turn | None:
+def cheapest_turn(code: list[Block], access: str, V: int, each: int = 1, most: int = MOST) -> Turn | None:
     """Find the turn with the fewest instructions per logit among those that pass `access`, a pattern, once for each pack of V,
-    and `each` exponentials for each logit."""
+    at most `most` of them, and `each` exponentials for each logit."""
     best: Turn | None = None
     wide = [sum(bool(re.match(access, op)) for op in block.ops) for block in code]
     exps = [sum(op.startswith("MUFU.EX2") for op in block.ops) for block in code]
@@ -134,8 +134,8 @@ def cheapest_turn(code: list[Block], access: str, V: int, each: int = 1) -> Turn
                 if done >= packs * V * each and (best is None or spent / (packs * V) < best.per_logit()):
                     best = Turn(packs * V, Counter(op for i in _path(came, state) for op in code[i].ops))
                 continue
-            packs, done = packs + wide[at], min(done + exps[at], MOST * V * each)
-            if packs > MOST:
+            packs, done = packs + wide[at], min(done + exps[at], most * V * each)
+            if packs > most:
                 continue
             for after in code[at].next:
                 to, price = (after, packs, done), spent + len(code[at].ops)
