@@ -301,6 +301,7 @@ BY_HAND = (
         "cross_entropy",
         "    if (at.packs > 0 && row.counts) packed = load_turn",
         "    packed = load_turn",
+        "traffic",
     ),
     Mutant("an invalid id passes silently", "rows", "id == INVALID ? nan : (A)0", "(A)0"),
     Mutant(
